@@ -1,0 +1,40 @@
+# One line for a newcomer: `make picture` draws, `make test` checks. Both set up a virtual environment first.
+PYTHON ?= python3
+VENV   ?= .venv
+# The pinned release is the one the suite runs on; a CPU build of it is enough. PIP_ARGS passes options to pip,
+# for instance the index that carries PyTorch's CPU builds.
+TORCH  ?= torch==2.13.0
+PIP_ARGS ?=
+PROMPT ?= a red circle left of a blue star on a green striped background
+SIZE   ?= 4096
+
+BIN := $(VENV)/bin
+
+.PHONY: picture test lint clean
+
+picture: $(VENV)/.user
+	$(BIN)/gensparse generate "$(PROMPT)" --size $(SIZE)
+
+test: $(VENV)/.dev
+	$(BIN)/python -P -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
+	touch $@
+
+$(VENV)/.user: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	touch $@ $(VENV)/.user
+
+clean:
+	rm -rf $(VENV) build dist gensparse.egg-info

@@ -1,0 +1,44 @@
+"""Sparse attention and high-resolution generation for diffusers; public names load on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; no name may equal a submodule name
+_EXPORTS = {
+    "apply": "gensparse.attach",
+    "remove": "gensparse.attach",
+    "applied": "gensparse.attach",
+    "make_processors": "gensparse.attach",
+    "Handle": "gensparse.attach",
+    "sparse_attention": "gensparse.attention",
+    "explain": "gensparse.attention",
+    "build_plan": "gensparse.plan",
+    "Plan": "gensparse.plan",
+    "Layout": "gensparse.layout",
+    "Segment": "gensparse.layout",
+    "load_embedded": "gensparse.embedded",
+    "GensparseError": "gensparse.errors",
+    "ConfigError": "gensparse.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - the names of a literal dict
+
+if TYPE_CHECKING:
+    from gensparse.attach import Handle, applied, apply, make_processors, remove
+    from gensparse.attention import explain, sparse_attention
+    from gensparse.embedded import load_embedded
+    from gensparse.errors import ConfigError, GensparseError
+    from gensparse.layout import Layout, Segment
+    from gensparse.plan import Plan, build_plan
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'gensparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,49 @@
+"""Exceptions of gensparse.
+
+Every message is one sentence that says what was given, what is allowed and what to do. The command line maps each class
+to an exit code (`gensparse.cli`), so raise the class that fits rather than a bare ValueError.
+"""
+
+
+class GensparseError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(GensparseError, ValueError):
+    """A setting (window, size, flag, file entry) has a value that is not allowed."""
+
+
+class LayoutMismatchError(GensparseError):
+    """The tokens an attention site received are not those its layout describes."""
+
+
+class UnsupportedProcessorError(GensparseError):
+    """An attention processor never reaches an attention call that can be replaced."""
+
+
+class BackendError(GensparseError):
+    """A backend was asked for explicitly and cannot serve the call."""
+
+
+class PlanTooLargeError(GensparseError):
+    """A plan, or a dense mask, would need more memory than its limit."""
+
+
+class ModelError(GensparseError):
+    """A model is missing, gated, offline or refused (pickle weights, remote code)."""
+
+
+class OutputError(GensparseError):
+    """A result could not be written."""
+
+
+class NumericsError(GensparseError):
+    """A computation gave NaN, infinity or a constant picture."""
+
+
+class WontFitError(GensparseError):
+    """A request needs more memory than the device has, after every fallback."""
+
+
+class Cancelled(GensparseError):
+    """The user asked to stop."""
