@@ -23,7 +23,23 @@ _EXPORTS = {
     "ConfigError": "gensparse.errors",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - the names of a literal dict
+__all__ = [
+    "ConfigError",
+    "GensparseError",
+    "Handle",
+    "Layout",
+    "Plan",
+    "Segment",
+    "__version__",
+    "applied",
+    "apply",
+    "build_plan",
+    "explain",
+    "load_embedded",
+    "make_processors",
+    "remove",
+    "sparse_attention",
+]
 
 if TYPE_CHECKING:
     from gensparse.attach import Handle, applied, apply, make_processors, remove

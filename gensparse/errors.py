@@ -45,5 +45,5 @@ class WontFitError(GensparseError):
     """A request needs more memory than the device has, after every fallback."""
 
 
-class Cancelled(GensparseError):
+class Cancelled(GensparseError):  # noqa: N818 - a request, not a fault
     """The user asked to stop."""

@@ -56,6 +56,7 @@ def test_no_public_name_shadows_a_submodule() -> None:
 
 
 def test_every_public_name_loads() -> None:
+    assert set(gensparse.__all__) == {*gensparse._EXPORTS, "__version__"}
     for name in gensparse.__all__:
         assert getattr(gensparse, name) is not None
 
@@ -80,7 +81,15 @@ def test_engine_needs_no_diffusers(tmp_path: Path) -> None:
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
-    code = "import sys\nfrom gensparse.cli import main\nsys.argv = ['gensparse', '--help']\ntry:\n    main()\nexcept SystemExit as e:\n    assert not e.code"
+    code = """
+import sys
+from gensparse.cli import main
+sys.argv = ["gensparse", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code
+"""
     assert not {"torch", "diffusers", "numpy", "transformers"} & loaded_after(code, tmp_path)
 
 

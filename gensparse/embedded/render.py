@@ -25,7 +25,9 @@ def render(scene: Scene, height: int, width: int, window: Window = WHOLE) -> Arr
     """
     y0, x0, y1, x1 = window
     if height < 1 or width < 1 or y1 <= y0 or x1 <= x0:
-        raise ConfigError(f"Window {window} at {height}x{width} is empty: give y0 < y1, x0 < x1 and a size of at least 1.")
+        raise ConfigError(
+            f"Window {window} at {height}x{width} is empty: give y0 < y1, x0 < x1 and a size of at least 1."
+        )
     extent_y, extent_x = scene.extent
     ys = ((y0 + (np.arange(height) + 0.5) / height * (y1 - y0)) * extent_y).astype(np.float32)
     xs = ((x0 + (np.arange(width) + 0.5) / width * (x1 - x0)) * extent_x).astype(np.float32)
@@ -190,7 +192,9 @@ def _diamond(v: Array, u: Array) -> Array:
 
 def _moon(v: Array, u: Array) -> Array:
     u = u + np.float32(0.1)
-    return np.maximum(np.hypot(v, u) - np.float32(0.92), np.float32(0.76) - np.hypot(v + np.float32(0.12), u - np.float32(0.5)))
+    return np.maximum(
+        np.hypot(v, u) - np.float32(0.92), np.float32(0.76) - np.hypot(v + np.float32(0.12), u - np.float32(0.5))
+    )
 
 
 def _flower(v: Array, u: Array) -> Array:

@@ -237,7 +237,9 @@ def _sentence(scene: Scene, rng: np.random.Generator | None) -> str:
     if scene.relations:
         body = _related_phrase(scene, phrases, rng)
     elif any(places):
-        said = [p if not place or _chance(rng, 0.2) else f"{p} {place}" for p, place in zip(phrases, places, strict=True)]
+        said = [
+            p if not place or _chance(rng, 0.2) else f"{p} {place}" for p, place in zip(phrases, places, strict=True)
+        ]
         body = _listing(said)
     else:
         body = _listing(phrases)
@@ -304,7 +306,18 @@ _GLUE = ("a", "an", "the", "and", "on", "in", "at", "of", "with", ",")
 
 def vocabulary() -> tuple[str, ...]:
     """Every word the model was trained on, sorted; a prompt may use no other."""
-    phrases = [*RELATIONS, *PLACES, *OPENINGS, *SHAPES, *COLOURS, *FILLS, *BACKGROUNDS, *SIZES, "background", "and on a"]
+    phrases = [
+        *RELATIONS,
+        *PLACES,
+        *OPENINGS,
+        *SHAPES,
+        *COLOURS,
+        *FILLS,
+        *BACKGROUNDS,
+        *SIZES,
+        "background",
+        "and on a",
+    ]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
