@@ -4,6 +4,9 @@ Every message is one sentence that says what was given, what is allowed and what
 to an exit code (`gensparse.cli`), so raise the class that fits rather than a bare ValueError.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class GensparseError(Exception):
     """Base of every error this package raises on purpose."""
@@ -47,3 +50,17 @@ class WontFitError(GensparseError):
 
 class Cancelled(GensparseError):  # noqa: N818 - a request, not a fault
     """The user asked to stop."""
+
+
+def short(value: object) -> str:
+    """`repr` of a value from outside, cut to a length that fits into a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:56] + "...'"
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """One sentence for a name that does not exist, with the nearest ones."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
+    return f"unknown {what} {short(name)}; {hint}"

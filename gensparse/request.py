@@ -1,0 +1,333 @@
+"""Requests: one frozen dataclass per job.
+
+The same dictionary is a set of command line flags, a JSON line of a batch, a preset of the app and the `gensparse` entry
+in a picture's metadata. Importing this file loads neither torch nor diffusers.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+from gensparse.errors import ConfigError, short, unknown_name
+
+VERSION = 1
+MAX_PROMPT_CHARS = 200_000
+MAX_SIDE = 65_536
+MAX_SEED = 2**63 - 1
+DTYPES = ("auto", "fp16", "bf16", "fp32")
+OFFLOADS = ("auto", "none", "model", "group", "sequential")
+HIGHRES = ("auto", "none", "cascade")
+ROUNDING = ("nearest", "up", "strict")
+
+SIZE_FORMS = "4096, 3840x2160 (width x height), 4k, 8k, 2x, 16:9@8mp"
+
+
+# --------------------------------------------------------------------------------------------------------------- size
+@dataclass(frozen=True)
+class Size:
+    """What `--size` said, before a model or a picture is known: pixels, a factor, or an aspect ratio with an area."""
+
+    width: int | None = None
+    height: int | None = None
+    factor: float | None = None
+    aspect: float | None = None
+    pixels: float | None = None
+
+    def resolve(
+        self, *, base: tuple[int, int], multiple: int = 16, rounding: str = "nearest"
+    ) -> tuple[tuple[int, int], str | None]:
+        """Return ((height, width), note) in pixels; `base` = (height, width) that a factor multiplies.
+
+        The note says what was rounded. Raises ConfigError when a side is not a multiple and rounding is "strict".
+        """
+        height, width = self._wanted(base)
+        asked = (_whole(height), _whole(width))
+        got = (_to_multiple(height, multiple, rounding), _to_multiple(width, multiple, rounding))
+        if got == asked:
+            return got, None
+        said = f"{asked[1]}x{asked[0]}"
+        if rounding == "strict":
+            near = f"{_to_multiple(width, multiple, 'nearest')}x{_to_multiple(height, multiple, 'nearest')}"
+            raise ConfigError(f"size {said} is not a multiple of {multiple} pixels; use {near}, or --round nearest|up")
+        return got, f"size {said} rounded to {got[1]}x{got[0]} (multiples of {multiple} pixels)"
+
+    def _wanted(self, base: tuple[int, int]) -> tuple[float, float]:
+        if self.factor is not None:
+            return base[0] * self.factor, base[1] * self.factor
+        if self.aspect is not None and self.pixels is not None:
+            return math.sqrt(self.pixels / self.aspect), math.sqrt(self.pixels * self.aspect)
+        assert self.height is not None
+        assert self.width is not None
+        return self.height, self.width
+
+
+def parse_size(text: str) -> Size:
+    """Read 4096 | 3840x2160 | 4k | 2x | 16:9@8mp; raises ConfigError naming these forms."""
+    word = str(text).strip().lower().replace("×", "x")
+    if match := re.fullmatch(r"(\d{1,6})", word):
+        return _pixels(text, int(match[1]), int(match[1]))
+    if match := re.fullmatch(r"(\d{1,6})\s*x\s*(\d{1,6})", word):
+        return _pixels(text, int(match[2]), int(match[1]))
+    if match := re.fullmatch(r"(\d{1,2})k", word):
+        return _pixels(text, int(match[1]) * 1024, int(match[1]) * 1024)
+    if match := re.fullmatch(r"(\d{1,2}(?:\.\d{1,3})?)x", word):
+        return _positive(text, Size(factor=float(match[1])), float(match[1]))
+    if match := re.fullmatch(r"(\d{1,4}):(\d{1,4})@(\d{1,4}(?:\.\d{1,3})?)mp", word):
+        return _aspect(text, int(match[1]), int(match[2]), float(match[3]) * 1e6)
+    raise _bad_size(text)
+
+
+def _bad_size(text: str, why: str = "is not a size") -> ConfigError:
+    return ConfigError(f"size {short(text)} {why}; accepted forms: {SIZE_FORMS}")
+
+
+def _pixels(text: str, height: int, width: int) -> Size:
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise _bad_size(text, f"is outside 1 to {MAX_SIDE} pixels per side")
+    return Size(width=width, height=height)
+
+
+def _positive(text: str, size: Size, value: float) -> Size:
+    if value <= 0:
+        raise _bad_size(text, "is not above zero")
+    return size
+
+
+def _aspect(text: str, across: int, down: int, pixels: float) -> Size:
+    if min(across, down) <= 0 or pixels <= 0 or max(across, down) / min(across, down) > 64:
+        raise _bad_size(text, "needs a ratio between 1:64 and 64:1 and an area above zero")
+    return Size(aspect=across / down, pixels=pixels)
+
+
+def _whole(value: float) -> int:
+    return max(1, math.floor(value + 0.5))
+
+
+def _to_multiple(value: float, multiple: int, rounding: str) -> int:
+    steps = math.ceil(value / multiple - 1e-9) if rounding == "up" else math.floor(value / multiple + 0.5)
+    return max(1, steps) * multiple
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of memory such as 24GiB, 16GB, 512MiB or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]i?)?b?\s*", str(text).lower())
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"memory {short(text)} is not an amount; write for example 24GiB, 16GB or 512MiB")
+    unit = match[2] or ""
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
+
+
+# ----------------------------------------------------------------------------------------------------------- requests
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Fields shared by every job; None (and "auto") leave the choice to the model."""
+
+    kind: ClassVar[str] = ""
+    # where and how a picture is computed, not which picture it is
+    machine_fields: ClassVar[frozenset[str]] = frozenset({"device", "offload", "max_vram", "local_files_only", "token"})
+    private_fields: ClassVar[frozenset[str]] = frozenset({"token"})
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    model: str = "embedded"
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "auto"
+    lora: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    local_files_only: bool = False
+    token: str | None = field(default=None, repr=False)
+    steps: int | None = None
+    guidance: float | None = None
+    seed: tuple[int, ...] = ()
+    num_images: int = 1
+    size: str | None = None
+    round: str = "nearest"
+    attention: str = "auto"
+    dense_steps: int = 0
+    dense_layers: tuple[int, ...] = ()
+    strength: float | None = None
+    offload: str = "auto"
+    max_vram: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        _check_text("prompt", self.prompt)
+        _check_text("negative_prompt", self.negative_prompt)
+        for name in ("model", "attention", "device"):
+            _check_word(name, getattr(self, name))
+        for name in ("revision", "variant", "token"):
+            if getattr(self, name) is not None:
+                _check_word(name, getattr(self, name))
+        for name in ("trust_remote_code", "local_files_only"):
+            _check_bool(name, getattr(self, name))
+        self._check_numbers()
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("offload", self.offload, OFFLOADS)
+        _check_choice("round", self.round, ROUNDING)
+        if self.size is not None:
+            parse_size(self.size)
+        if self.max_vram is not None:
+            parse_bytes(self.max_vram)
+
+    def _normalise(self) -> None:
+        """Accept lists, and a single value, where a tuple is stored (JSON has no tuples)."""
+        for name in ("seed", "lora", "dense_layers"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        if self.size is not None:
+            object.__setattr__(self, "size", str(self.size))
+
+    def _check_numbers(self) -> None:
+        _check_int("num_images", self.num_images, 1, 10_000)
+        _check_int("dense_steps", self.dense_steps, 0, 1_000)
+        if self.steps is not None:
+            _check_int("steps", self.steps, 1, 1_000)
+        if self.guidance is not None:
+            _check_float("guidance", self.guidance, 0.0, 100.0)
+        if self.strength is not None:
+            _check_float("strength", self.strength, 0.0, 1.0)
+        for seed in self.seed:
+            _check_int("seed", seed, 0, MAX_SEED)
+        for layer in self.dense_layers:
+            _check_int("dense_layers", layer, 0, 10_000)
+        for lora in self.lora:
+            _check_word("lora", lora)
+
+    # -- dictionaries
+    def to_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """Return a JSON-able dict; `portable` leaves out machine settings and whatever could name a person or a path."""
+        out: dict[str, Any] = {"kind": self.kind, "version": VERSION}
+        for item in fields(self):
+            if item.name in self.private_fields or (portable and item.name in self.machine_fields):
+                continue
+            value = getattr(self, item.name)
+            out[item.name] = list(value) if isinstance(value, tuple) else value
+        return _without_paths(out) if portable else out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote. Raises ConfigError for another kind, a newer version or an unknown key."""
+        values = dict(data)
+        kind, version = values.pop("kind", cls.kind), values.pop("version", VERSION)
+        if kind != cls.kind:
+            raise ConfigError(f"request kind is {short(kind)}, expected {cls.kind!r}; use the command of that name")
+        if version != VERSION:
+            raise ConfigError(f"request version is {short(version)}, this gensparse reads {VERSION}; update gensparse")
+        known = [item.name for item in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(unknown_name("request key", str(key), known))
+        return cls(**values)
+
+    def key(self) -> str:
+        """sha256 of the request without its machine settings: the same key is the same picture."""
+        data = {k: v for k, v in self.to_dict().items() if k not in self.machine_fields}
+        return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+    def replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest(Request):
+    """Text to picture, from the model's own size up to any size through the cascade."""
+
+    kind: ClassVar[str] = "generate"
+
+    highres: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("highres", self.highres, HIGHRES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleRequest(Request):
+    """One picture to a larger one; `size` defaults to twice the picture."""
+
+    kind: ClassVar[str] = "upscale"
+
+    image: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_word("image", self.image)
+
+
+KINDS: dict[str, type[Request]] = {cls.kind: cls for cls in (GenerateRequest, UpscaleRequest)}
+
+
+def request_from_dict(data: Mapping[str, Any]) -> Request:
+    """Read a request of any kind, as `inspect` and `--from` need it."""
+    kind = data.get("kind", GenerateRequest.kind)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(unknown_name("request kind", str(kind), list(KINDS)))
+    return KINDS[kind].from_dict(data)
+
+
+# ----------------------------------------------------------------------------------------------------------- checking
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {short(value)}; give text")
+    if "\0" in value:
+        raise ConfigError(f"{name} contains a NUL character; remove it")
+    if len(value) > MAX_PROMPT_CHARS:
+        raise ConfigError(f"{name} has {len(value)} characters; at most {MAX_PROMPT_CHARS} are read, shorten it")
+
+
+def _check_word(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value or len(value) > 4096 or "\0" in value:
+        raise ConfigError(f"{name} is {short(value)}; give a text of 1 to 4096 characters")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {short(value)}; give true or false")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {short(value)}; choose one of {', '.join(allowed)}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {short(value)}; give a whole number from {low} to {high}")
+
+
+def _check_float(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{name} is {short(value)}; give a number from {low:g} to {high:g}")
+
+
+# ------------------------------------------------------------------------------------------------------------ privacy
+def file_name(path: str) -> str:
+    """The last part of a path of any system, without folders."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Keep hub ids and aliases, but only the file name of anything that is a path."""
+    out = dict(values)
+    for name in ("model", "image"):
+        if isinstance(out.get(name), str) and _is_path(out[name]):
+            out[name] = file_name(out[name])
+    out["lora"] = [file_name(item) if _is_path(item) else item for item in out.get("lora", [])]
+    return out
+
+
+def _is_path(text: str) -> bool:
+    """True for anything but an alias or an `owner/name` hub id."""
+    return bool(re.search(r"\\|^[~./]|^[A-Za-z]:|/.*/", text))
