@@ -1,19 +1,34 @@
-"""Attention patterns: pure geometry, as frozen values."""
+"""Attention patterns: pure geometry, as frozen values that combine with | and &."""
 
 from gensparse.patterns.base import FULL, NONE, PARTIAL, Intersection, Pattern, PerHead, Rule, Source, Union
+from gensparse.patterns.blocks import MSW, Blocks, Grid, Halo, LongDistance
+from gensparse.patterns.box import Box
+from gensparse.patterns.cross import CrissCross, Stripes
 from gensparse.patterns.disc import Disc
+from gensparse.patterns.neighborhood import Neighborhood
+from gensparse.patterns.pooled import Pooled
 from gensparse.patterns.segments import Text
 
 __all__ = [
     "FULL",
+    "MSW",
     "NONE",
     "PARTIAL",
+    "Blocks",
+    "Box",
+    "CrissCross",
     "Disc",
+    "Grid",
+    "Halo",
     "Intersection",
+    "LongDistance",
+    "Neighborhood",
     "Pattern",
     "PerHead",
+    "Pooled",
     "Rule",
     "Source",
+    "Stripes",
     "Text",
     "Union",
 ]

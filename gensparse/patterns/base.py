@@ -211,7 +211,7 @@ class _JoinedRule(_Combined):
         return [(rule, group if rule.groups > 1 else 0) for rule in self.rules]
 
 
-class _UnionRule(_JoinedRule):
+class UnionRule(_JoinedRule):
     def allowed(self, q: Coords, k: Coords, group: int = 0) -> Bools:
         return np.logical_or.reduce([rule.allowed(q, k, g) for rule, g in self._each(group)])
 
@@ -228,7 +228,10 @@ class _UnionRule(_JoinedRule):
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         whole = whole_segment(self.layout, segment)
-        active = [(rule, g) for rule, g in self._each(group) if rule.tile_relation(whole, whole, g) != NONE]
+        relations = [(rule.tile_relation(whole, whole, g), rule, g) for rule, g in self._each(group)]
+        if any(relation == FULL for relation, _, _ in relations):
+            return np.zeros(self.layout.segments[segment].length, np.int64)
+        active = [(rule, g) for relation, rule, g in relations if relation != NONE]
         return active[0][0].partition(segment, active[0][1]) if len(active) == 1 else None
 
 
@@ -260,7 +263,7 @@ class Union(Pattern):
         object.__setattr__(self, "parts", _checked("Union", self.parts))
 
     def bind(self, layout: Layout) -> Rule:
-        return _UnionRule([part.bind(layout) for part in self.parts])
+        return UnionRule([part.bind(layout) for part in self.parts])
 
     def clamped(self, grid: Grid) -> Pattern:
         return Union(tuple(part.clamped(grid) for part in self.parts))
