@@ -23,7 +23,7 @@ class Disc(Pattern):
     radius: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "radius", whole_number("Disc radius", self.radius, hint="tokens"))
+        object.__setattr__(self, "radius", whole_number("Disc radius", self.radius, unit="tokens"))
 
     def bind(self, layout: Layout) -> Rule:
         return _DiscRule(layout, self.radius)
