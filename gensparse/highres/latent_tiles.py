@@ -1,6 +1,7 @@
 """Overlapping full-size tiles with normalised feather weights."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 
@@ -29,7 +30,7 @@ def feather(tile: int, before: int, behind: int) -> torch.Tensor:
 
 def axis_weights(starts: list[int], size: int, length: int) -> list[torch.Tensor]:
     """Weights [size] of every tile of one axis; over all tiles they sum to 1 at every entry of `length`."""
-    gaps = [max(0, a + size - b) for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [max(0, a + size - b) for a, b in pairwise(starts)]
     weights = [feather(size, *pair) for pair in zip([0, *gaps], [*gaps, 0], strict=True)]
     total = torch.zeros(length)
     for start, weight in zip(starts, weights, strict=True):

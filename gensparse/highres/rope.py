@@ -140,7 +140,7 @@ def axis_frequencies(rule: str, axis: Axis) -> tuple[torch.Tensor, float]:
 
 
 def proportional_scale(tokens: int, native_tokens: int) -> float:
-    """Factor on all logits, sqrt(ln tokens / ln native_tokens), that keeps attention as sharp as in training (I-Max)."""
+    """Factor on all logits, sqrt(ln tokens / ln native_tokens): attention stays as sharp as in training (I-Max)."""
     return math.sqrt(math.log(tokens) / math.log(native_tokens))
 
 
@@ -181,7 +181,9 @@ class PositionTable(torch.nn.Module):
     ) -> None:
         super().__init__()
         if rule == "interpolate" and native_grid is None:
-            raise ConfigError("The position rule 'interpolate' needs native_grid, the picture's token grid at native size.")
+            raise ConfigError(
+                "The position rule 'interpolate' needs native_grid, the picture's token grid at native size."
+            )
         self.axes_dim, self.theta, self.grid, self.native = tuple(axes_dim), theta, grid, native
         self.rule, self.native_grid, self.offset = rule, native_grid, offset
         self.isotropic, self.logit_scale = isotropic, logit_scale
@@ -233,7 +235,8 @@ def axis_table(positions: torch.Tensor, frequencies: torch.Tensor, mscale: float
     """cos and sin of positions x frequencies, every value twice in a row, times mscale; float32 [S, 2 * F]."""
     angles = torch.outer(positions, frequencies.to(positions.device))
     cos, sin = (
-        wave.repeat_interleave(2, dim=1, output_size=2 * angles.shape[1]).float() for wave in (angles.cos(), angles.sin())
+        wave.repeat_interleave(2, dim=1, output_size=2 * angles.shape[1]).float()
+        for wave in (angles.cos(), angles.sin())
     )
     return (cos, sin) if mscale == 1 else (cos * mscale, sin * mscale)
 

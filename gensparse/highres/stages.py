@@ -18,7 +18,8 @@ class Stage:
 
     Args:
         height, width: pixels.
-        steps: how many of the last steps of the shared sigma list run at this size (stage 0: all of them).
+        steps: how many of the last steps of the shared sigma list run at this size (stage 0: all of them; 0: none, the
+            picture is only enlarged).
         guidance_factor: multiplies the call's `guidance_scale` here (HiFlow: 3.5 -> 4.5 -> 6).
         alpha: weight of direction guidance at the first step; falls linearly to 0 (HiFlow, section 3.2).
         beta: weight of acceleration guidance, from the second step on; falls linearly to 0.
@@ -43,15 +44,18 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("height", "width", "steps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"Stage {name} is {value!r}; give an integer of at least 1.")
+            least = 0 if name == "steps" else 1  # no steps: a picture is only enlarged
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"Stage {name} is {value!r}; give an integer of at least {least}.")
         if self.low_pass not in LOW_PASSES:
             raise ConfigError(f"Stage low_pass is {self.low_pass!r}; choose one of {', '.join(LOW_PASSES)}.")
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"Stage {name} is {getattr(self, name)}; give a weight from 0 to 1.")
         if not self.ratio > 0:
-            raise ConfigError(f"Stage ratio is {self.ratio}; give a share of the Nyquist frequency above 0, such as 0.2.")
+            raise ConfigError(
+                f"Stage ratio is {self.ratio}; give a share of the Nyquist frequency above 0, such as 0.2."
+            )
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,19 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 def native_shape(height: int, width: int, native: tuple[int, int], multiple: int = 16) -> tuple[int, int]:
-    """Pixels (height, width) with the target's aspect ratio and about the native area."""
-    shrink = math.sqrt(native[0] * native[1] / (height * width))
-    return round_size(height * shrink, multiple), round_size(width * shrink, multiple)
+    """Pixels (height, width) of about the native area and the target's aspect ratio.
+
+    Of all sizes on the grid the one with the best aspect ratio wins, an area error counting a seventh: a stretched
+    draft would be pulled straight by every later stage.
+    """
+    area, aspect = native[0] * native[1], width / height
+    middle = round_size(math.sqrt(area / aspect), multiple) // multiple
+
+    def mismatch(size: tuple[int, int]) -> float:
+        return abs(math.log(size[1] / size[0] / aspect)) + abs(math.log(size[0] * size[1] / area)) / 7
+
+    rows = range(max(1, middle * 3 // 4), middle * 5 // 4 + 2)
+    return min(((r * multiple, round_size(r * multiple * aspect, multiple)) for r in rows), key=mismatch)
 
 
 def stage_sizes(
@@ -125,10 +139,9 @@ def stage_sizes(
     if zoom <= slack:
         return [(height, width)]
     count = max(1, math.ceil((math.log(zoom) - math.log(slack)) / math.log(factor)))
-    shrink = [zoom ** (k / count - 1) for k in range(count)]
-    shrink[0] = 1 / zoom
-    sizes = [(round_size(height * s, multiple), round_size(width * s, multiple)) for s in shrink]
-    return [*dict.fromkeys(sizes), (height, width)]
+    between = [zoom ** (k / count - 1) for k in range(1, count)]
+    sizes = [(round_size(height * s, multiple), round_size(width * s, multiple)) for s in between]
+    return list(dict.fromkeys([native_shape(height, width, native, multiple), *sizes, (height, width)]))
 
 
 def plan_stages(

@@ -1,14 +1,14 @@
 """Autoencoders in tiles: the same picture as in one piece, in bounded memory, handed out as row strips.
 
-Exact mode walks the network's own layers. Before a tile is computed, the region every layer needs is worked out from the
-end to the start; each layer then runs on its region and is cropped to what the next one needs. So halos are paid where
-they are cheap, and a tile's interior equals the un-tiled result. GroupNorm depends on the whole picture: its statistics
-are gathered over all tiles first (a pass per norm, from the latest stored map), attention sees the whole map.
+Exact mode walks the network's own layers. Before a tile is computed, the region every layer needs is worked out from
+the end to the start; each layer then runs on its region and is cropped to what the next one needs. So halos are paid
+where they are cheap, and a tile equals the same part of the un-tiled result. GroupNorm depends on the whole picture:
+its statistics are gathered over all tiles first (a pass per norm, from the latest stored map). Attention sees the whole
+map.
 
 Feather mode decodes overlapping tiles on their own and blends them: faster for networks with GroupNorm, not equal.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +208,9 @@ def lengths(layers: Sequence[Layer], shape: tuple[int, int]) -> list[tuple[int, 
     return shapes
 
 
-def run_tile(layers: Sequence[Layer], norms: Norms, source: Map | Source, rows: Span, cols: Span, offset: int = 0) -> State:
+def run_tile(
+    layers: Sequence[Layer], norms: Norms, source: Map | Source, rows: Span, cols: Span, offset: int = 0
+) -> State:
     """Layers on the region of `source` that gives exactly the output region rows x cols."""
     shapes = lengths(layers, source.shape)
     wanted = [(rows, cols)]
@@ -355,10 +357,12 @@ def wake(vae: nn.Module) -> None:
         hook.pre_forward(vae)
 
 
-def scale_of(vae: nn.Module) -> int:
-    """Pixels per latent pixel, from the layers of the network."""
-    layers = decoder_layers(vae)
-    return math.prod(layer.up for layer in layers)
+def supports_exact(vae: nn.Module) -> bool:
+    """Whether exact tiles know this autoencoder."""
+    try:
+        return bool(decoder_layers(vae) and encoder_layers(vae))
+    except ConfigError:
+        return False
 
 
 def decode_strips(
@@ -442,7 +446,9 @@ def _check(latents: torch.Tensor, tile: int, mode: str) -> None:
     if tile < 1:
         raise ConfigError(f"The VAE tile is {tile} pixels; give at least 64.")
     if latents.ndim != 4 or latents.shape[0] != 1:
-        raise ConfigError(f"decode_strips takes one sample [1, C, h, w], not {tuple(latents.shape)}; call it per sample.")
+        raise ConfigError(
+            f"decode_strips takes one sample [1, C, h, w], not {tuple(latents.shape)}; call it per sample."
+        )
 
 
 def fill(strips: Strips, out: torch.Tensor) -> torch.Tensor:
