@@ -19,7 +19,7 @@ class Pooled(Pattern):
         weights: "learned": keys and values are sums with a weight per position in the cell, which the caller passes
             (CLEAR; the cells must divide the grid). "mean": plain averages, ragged cells at the end allowed.
         bias: "none", or "log_count": ln(tokens in the cell) added to the logits.
-        name: name of the key source; by default made of cells and weights.
+        name: name of the key source; by default made of cells, weights and bias.
 
     Raises:
         ConfigError: values of the wrong type or range, or (when bound) cells longer than an axis or, with learned
@@ -46,7 +46,8 @@ class Pooled(Pattern):
                 "cells that divide it, or weights='mean'."
             )
         frames, height, width = (-(-length // cell) for cell, length in zip(cells, layout.grid, strict=True))
-        name = self.name or f"pooled_{'x'.join(map(str, cells))}_{self.weights}"
+        parts = ["pooled", "x".join(map(str, cells)), self.weights, *([] if self.bias == "none" else [self.bias])]
+        name = self.name or "_".join(parts)
         segment = Segment("pooled", frames * height * width, (frames, height, width), name)
         return _PooledRule(layout, Source(segment, layout.target, cells, self.weights, self.bias))
 
