@@ -6,8 +6,8 @@ Bu et al., "HiFlow: training-free high-resolution image generation with flow-ali
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from gensparse.highres.stages import (
     plan_stages,
     steps_within,
 )
+from gensparse.methods import Method, as_method
 
 if is_torch_xla_available():
     import torch_xla.core.xla_model as xm
@@ -101,7 +102,7 @@ class Run:
     make_scheduler: Callable[[], Any]
     native_grid: tuple[int, int]
     position: str
-    attention: Any
+    attention: Method | str | Mapping[str, Any]
     dense_steps: int
     dense_layers: tuple[int, ...]
     guidance_scale: float
@@ -280,7 +281,7 @@ class FluxHighresPipeline(FluxPipeline):
         image: Image.Image | torch.Tensor | np.ndarray | None = None,
         strength: float | None = None,
         stages: Sequence[Stage] | None = None,
-        attention: Any = "auto",
+        attention: Method | str | Mapping[str, Any] = "auto",
         dense_steps: int = 0,
         dense_layers: Sequence[int] = (),
         position: str = "auto",
@@ -346,6 +347,7 @@ class FluxHighresPipeline(FluxPipeline):
             max_sequence_length=max_sequence_length,
         )
         _check_options(position, strength, image, guidance_stages, vae_tile, output_type)
+        choose_attention(attention, 0, automatic="dense")  # a wrong method is refused before the first step
         self._guidance_scale, self._joint_attention_kwargs = guidance_scale, dict(joint_attention_kwargs or {})
         self._current_timestep, self._interrupt, self._decoded = None, False, None
         self.attention_report = []
@@ -432,6 +434,7 @@ class FluxHighresPipeline(FluxPipeline):
                 latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
                 latents = self._end_step(0, i, t, latents, run)
                 bar.update()
+        self._report(0, stage)
         return latents, history
 
     def _denoise_guided(self, index: int, stage: Stage, noise: torch.Tensor, guide: Guide, keep: range, run: Run):
@@ -533,44 +536,53 @@ class FluxHighresPipeline(FluxPipeline):
 
         Positions and sparse attention are installed meanwhile, and taken out again whatever happens.
         """
-        velocity = self._velocity_call(index, stage, run)
+        velocity, method = self._velocity_call(index, stage, run), self._stage_attention(stage, run)
         shifts = (1, 0) if stage.patch_shift else (0,)
-        tables = {pad: self._position_table(stage, pad, run) for pad in shifts}
+        tables = {pad: self._position_table(stage, pad, method, run) for pad in shifts}
         ids = {pad: self._image_ids(stage, run, pad) for pad in shifts}
-        dtype, method = run.positive.embeds.dtype, self._stage_attention(index, stage, run)
+        dtype = run.positive.embeds.dtype
 
-        with ExitStack() as stack, _positions_of(self.transformer) as install:
-            handle = None
+        with self._sparse(method, run) as handle, _positions_of(self.transformer) as install:
 
             def call(z: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
-                nonlocal handle
-                if method is not None and handle is None and i >= run.dense_steps:
-                    handle = stack.enter_context(_applied(self.transformer, method))
                 pad = shifts[i % len(shifts)]
                 if tables[pad] is not None:
-                    tables[pad].set_time(float(t) / 1000)
+                    tables[pad].set_time(float(t) / self.scheduler.config.num_train_timesteps)
                     install(tables[pad])
                 padded = F.pad(z, (pad,) * 4) if pad else z
                 v = self._unpack(velocity(self._pack(padded.to(dtype)), t, ids[pad]).float(), stage, pad)
                 return v[..., 1:-1, 1:-1] if pad else v
 
             yield call
-            report = {"dense": "attention"} if handle is None else handle.report()
-            self.attention_report.append({"stage": index, "height": stage.height, "width": stage.width, **report})
+            self._report(index, stage, method, handle)
+
+    def _sparse(self, method: Method | None, run: Run) -> AbstractContextManager:
+        if method is None:
+            return nullcontext()
+        from gensparse.attach import applied
+
+        return applied(self, method, dense_steps=run.dense_steps, dense_layers=run.dense_layers)
+
+    def _report(self, index: int, stage: Stage, method: Method | None = None, handle: Any = None) -> None:
+        facts = {"stage": index, "height": stage.height, "width": stage.width}
+        facts["method"] = "dense" if method is None else method.to_dict()
+        self.attention_report.append({**facts, **(handle.report() if handle is not None else {})})
 
     def _position_rule(self, position: str) -> str:
         if position != "auto":
             return position
         return "interpolate" if self._interpolates else "ntk10"
 
-    def _position_table(self, stage: Stage, pad: int, run: Run) -> PositionTable | None:
+    def _position_table(self, stage: Stage, pad: int, method: Method | None, run: Run) -> PositionTable | None:
         """The stage's rotary table for a latent padded by `pad` pixels; None leaves the model's own in place."""
         rows, cols = self._grid(stage)
         trained = self.native_side**2
         if run.position == "base" or (rows, cols) == run.native_grid:
             return None
         text = run.positive.embeds.shape[1]
-        scale = proportional_scale(rows * cols + text, trained + text) if run.position in PROPORTIONAL else 1.0
+        scale = 1.0
+        if run.position in PROPORTIONAL and not getattr(method, "proportional", False):
+            scale = proportional_scale(rows * cols + text, trained + text)
         own = self.transformer.pos_embed
         return PositionTable(
             own.axes_dim,
@@ -583,15 +595,16 @@ class FluxHighresPipeline(FluxPipeline):
             logit_scale=scale,
         )
 
-    def _stage_attention(self, index: int, stage: Stage, run: Run) -> Any:
-        """The method of a stage, or None for dense."""
+    def _stage_attention(self, stage: Stage, run: Run) -> Method | None:
+        """The method of a stage; None is dense, as the native size always is."""
         rows, cols = self._grid(stage)
         if (rows, cols) == run.native_grid:
             return None
         facts = self.gensparse_config
         automatic = facts.get("attention", f"neighborhood:window={self.native_side}x{self.native_side}")
-        limit = facts.get("dense_below_tokens", DENSE_BELOW)
-        return choose_attention(run.attention, rows * cols, automatic, limit)
+        return choose_attention(
+            run.attention, rows * cols, automatic=automatic, dense_below=facts.get("dense_below_tokens", DENSE_BELOW)
+        )
 
     # --- enlarging
 
@@ -789,19 +802,17 @@ def read_config_file(folder: Any) -> dict[str, Any] | None:
     return facts
 
 
-def choose_attention(attention: Any, tokens: int, automatic: Any, dense_below: int) -> Any:
-    """The method for a stage of `tokens` image tokens; None means dense. Only "auto" may choose dense by size."""
-    if attention == "dense":
-        return None
+def choose_attention(
+    attention: Method | str | Mapping[str, Any], tokens: int, *, automatic: str, dense_below: int = DENSE_BELOW
+) -> Method | None:
+    """The method for a stage of `tokens` image tokens; None means dense. Only "auto" may choose dense by size.
+
+    Raises:
+        ConfigError: an unknown method or setting.
+    """
     if attention == "auto":
-        return automatic if tokens > dense_below else None
-    return attention
-
-
-def _applied(model: torch.nn.Module, method: Any):
-    from gensparse.attach import applied
-
-    return applied(model, method)
+        attention = automatic if tokens > dense_below else "dense"
+    return None if attention == "dense" else as_method(attention)
 
 
 @contextmanager
