@@ -1,1 +1,32 @@
+"""Model families of diffusers: which modules hold attention, and what the tokens of a call are.
 
+A family is a module of this package with the members of `base.Family`. It is found from the class of the model, never
+from a checkpoint's name.
+"""
+
+from importlib import import_module
+from typing import Any, cast
+
+from gensparse.errors import ConfigError
+from gensparse.families.base import Family, TensorMemo
+
+FAMILIES = {
+    "FluxTransformer2DModel": "gensparse.families.flux",
+    "FluxControlNetModel": "gensparse.families.flux",
+}
+"""Model class name -> module of its family; subclasses of a listed class belong to the same family."""
+
+__all__ = ["FAMILIES", "Family", "TensorMemo", "family_of"]
+
+
+def family_of(model: Any) -> Family:
+    """The family of a denoiser (or of a control net).
+
+    Raises:
+        ConfigError: no class of the model is listed in `FAMILIES`.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return cast(Family, import_module(FAMILIES[cls.__name__]))
+    known = ", ".join(sorted(FAMILIES))
+    raise ConfigError(f"{type(model).__name__} belongs to no supported family; supported model classes are {known}.")

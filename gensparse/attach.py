@@ -1,0 +1,343 @@
+"""Make a diffusers pipeline sparse and undo it: `apply`, `remove`, `applied`, `make_processors`."""
+
+import inspect
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from gensparse.errors import ConfigError, LayoutMismatchError
+from gensparse.families import TensorMemo, family_of
+from gensparse.layout import Layout
+from gensparse.methods import Method, as_method
+from gensparse.plan import Plan, build_plan
+from gensparse.processors.clock import Clock
+from gensparse.processors.site import Call, CallSlot, Site
+from gensparse.processors.tally import NOT_SET, Tally, merged
+from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
+
+_LOG = logging.getLogger(__name__)
+
+_ATTACHMENT = "_gensparse"
+_DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def apply(
+    pipe_or_model: Any,
+    method: Method | str | Mapping[str, Any],
+    *,
+    strict: bool = False,
+    dense_steps: int = 0,
+    dense_layers: Iterable[int] = (),
+) -> "Handle":
+    """Make the attention of a pipeline (or of one denoiser) sparse, in place.
+
+    A method that is already on the model is replaced, so applying twice equals applying once. Apply before compiling.
+
+    Args:
+        method: `Clear(radius=16)`, "clear", "clear:radius=16", or the dict of `Method.to_dict`.
+        strict: raise where a call does not fit its layout, instead of running it dense and reporting why.
+        dense_steps: number of first denoising steps that stay dense.
+        dense_layers: indices of attention layers, in model order, that stay dense; negative ones count from the end.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a model of no supported family.
+        UnsupportedProcessorError: a processor cannot be made sparse; the model is unchanged then.
+    """
+    settings = Settings(as_method(method), strict, dense_steps, tuple(dense_layers))
+    attachments = [Attachment(model, settings, _scheduler_config(pipe_or_model)) for model in _models(pipe_or_model)]
+    for attachment in attachments:
+        attachment.check()
+    for attachment in attachments:
+        attachment.install()
+    return Handle(attachments)
+
+
+def remove(pipe_or_model: Any) -> None:
+    """Undo whatever `apply` or `make_processors` changed on a pipeline or model; does nothing where nothing is."""
+    for model in _models(pipe_or_model):
+        _detach(model)
+
+
+@contextmanager
+def applied(pipe_or_model: Any, method: Method | str | Mapping[str, Any], **settings: Any) -> "Iterator[Handle]":
+    """`apply` inside a with block; afterwards the model is as before it, with the method it had or none."""
+    before = [_attachment(model) for model in _models(pipe_or_model)]
+    handle = apply(pipe_or_model, method, **settings)
+    try:
+        yield handle
+    finally:
+        remove(pipe_or_model)
+        for attachment in before:
+            if attachment is not None:
+                attachment.install()
+
+
+def make_processors(model: nn.Module, method: Method | str | Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """Sparse copies of a model's attention processors, for `model.set_attn_processor(...)`.
+
+    The model is prepared for them (see `apply`, which takes the same settings); `remove(model)` undoes that and turns
+    processors that were set dense again. Sites whose processor is not set stay dense and are reported.
+
+    Returns:
+        {"name.of.module.processor": processor} with every processor of the model, those of no site unchanged.
+    """
+    attachment = Attachment(_denoiser(model), Settings(as_method(method), **settings), None)
+    attachment.check()
+    attachment.install(swap=False)
+    return {f"{name}.processor": attachment.sparse_copy(name, module) for name, module in _attention(model).items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a method is used on a model: the arguments of `apply`, checked.
+
+    Raises:
+        ConfigError: a value of the wrong type or range.
+    """
+
+    method: Method
+    strict: bool = False
+    dense_steps: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = self.dense_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ConfigError(f"dense_steps={steps!r} is not allowed; pass a number of steps from 0 up.")
+        if not all(isinstance(index, int) and not isinstance(index, bool) for index in self.dense_layers):
+            raise ConfigError(f"dense_layers={self.dense_layers!r} is not allowed; pass indices of attention layers.")
+
+    def pinned(self, layers: int) -> dict[int, str]:
+        """Index of every layer that always runs dense -> why, for a model of `layers` attention layers."""
+        for index in self.dense_layers:
+            if not -layers <= index < layers:
+                raise ConfigError(
+                    f"dense_layers holds {index}, but the model has {layers} attention layers; pass indices from "
+                    f"{-layers} to {layers - 1}."
+                )
+        return {index % layers: "dense layer" for index in self.dense_layers}
+
+
+class Handle:
+    """What `apply` changed on one pipeline or model: counts, and the way back."""
+
+    def __init__(self, attachments: "Sequence[Attachment]") -> None:
+        self._attachments = tuple(attachments)
+
+    @property
+    def active(self) -> bool:
+        """Whether the changes are in place: not removed, not replaced by another `apply`."""
+        return all(attachment.active for attachment in self._attachments)
+
+    def report(self) -> dict[str, Any]:
+        """What the attention sites did.
+
+        Returns:
+            "sparse": number of sites, by their last call (before the first: as set up); "dense": {reason: sites};
+            "calls": the same two, counted by call; "backend": the one of the last sparse call; "density": share of
+            the query-key pairs that it computed. The last two are None before a sparse call.
+        """
+        plan = next((attachment.plan for attachment in self._attachments if attachment.plan is not None), None)
+        return {
+            **merged(attachment.tally.report() for attachment in self._attachments),
+            "backend": next(filter(None, (attachment.backend for attachment in self._attachments)), None),
+            "density": None if plan is None else plan.stats()["density"],
+        }
+
+    def restart(self) -> None:
+        """The next denoiser call is step 0 of a new run; pipelines of several stages call it before each."""
+        for attachment in self._attachments:
+            attachment.clock.restart()
+
+    def remove(self) -> None:
+        """Undo everything, bit for bit; does nothing where it is undone or replaced already."""
+        for attachment in self._attachments:
+            attachment.remove()
+
+
+class Attachment:
+    """Everything changed on one model: an attribute per attention module, processor classes, one forward pre-hook.
+
+    It lives on the model, so a copy of the model carries its own, and no saved checkpoint shows it.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, scheduler_config: Mapping[str, Any] | None) -> None:
+        family = family_of(model)
+        self.model, self.settings = model, settings
+        self.native_tokens = _native_tokens(family, model, scheduler_config)
+        self.modules = {n: m for n, m in _attention(model).items() if re.fullmatch(family.SITES, n)}
+        if not self.modules:
+            raise ConfigError(f"{type(model).__name__} has no attention layer to make sparse; pass a whole denoiser.")
+        pinned = settings.pinned(len(self.modules))
+        self.slot, self.clock, self.memo = CallSlot(), Clock(), TensorMemo()
+        self.sites = [Site(name, self.slot, pinned.get(i)) for i, name in enumerate(self.modules)]
+        self.tally = Tally(self.sites)
+        self._prepared: tuple[Layout, torch.device, Call] | None = None
+        self._hook: Any = None
+        self._warned = False
+
+    @property
+    def active(self) -> bool:
+        """Whether this is the attachment on its model."""
+        return _attachment(self.model) is self
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last sparse call."""
+        return None if self._prepared is None else self._prepared[2].plan
+
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend of the last sparse call."""
+        return None
+
+    def check(self) -> None:
+        """UnsupportedProcessorError when a processor cannot be made sparse."""
+        for module in self.modules.values():
+            sparse_variant(type(module.processor))
+
+    def install(self, *, swap: bool = True) -> None:
+        """Put everything in place instead of what was there; with `swap` the processors become sparse at once."""
+        _detach(self.model)
+        for module, site in zip(self.modules.values(), self.sites, strict=True):
+            setattr(module, SITE, site)
+            site.held = swap
+            if swap:
+                make_sparse(module.processor)
+        self.tally = Tally(self.sites)
+        self._hook = self.model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        setattr(self.model, _ATTACHMENT, self)
+
+    def remove(self) -> None:
+        """Take everything off the model, if this attachment is the one on it."""
+        if not self.active:
+            return
+        self.tally.collect()
+        self._hook.remove()
+        for module in self.modules.values():
+            make_dense(module.processor)
+            delattr(module, SITE)
+        delattr(self.model, _ATTACHMENT)
+
+    def sparse_copy(self, name: str, module: nn.Module) -> Any:
+        """The processor of a module, for a site a sparse copy that shares its weights."""
+        if name not in self.modules:
+            return module.processor
+        processor = copy(module.processor)
+        make_sparse(processor)
+        return processor
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: decide what its sites do in this call."""
+        self.tally.collect()
+        self._heal()
+        self.slot.call = self._call(_signature(type(model)).bind(model, *args, **kwargs).arguments)
+
+    def _heal(self) -> None:
+        """Make sites sparse again whose processor was exchanged (image-prompt adapters, resets)."""
+        for module, site in zip(self.modules.values(), self.sites, strict=True):
+            if is_sparse(module.processor):
+                site.held = True
+            elif site.held:
+                make_sparse(module.processor)
+                self._warn_once(site.name)
+            else:
+                site.outcome = NOT_SET
+
+    def _warn_once(self, name: str) -> None:
+        if not self._warned:
+            _LOG.warning("The processor of %s was exchanged after apply(); such sites are made sparse again.", name)
+        self._warned = True
+
+    def _call(self, bound: Mapping[str, Any]) -> Call:
+        if self.settings.dense_steps and self.clock.tick(bound["timestep"]) < self.settings.dense_steps:
+            return Call(None, reason="dense step")
+        try:
+            layout = family_of(self.model).read_layout(bound, self.memo)
+        except LayoutMismatchError as error:
+            return self._dense(str(error))
+        reason = self.settings.method.why_not(layout)
+        return self._dense(reason) if reason else self._sparse(layout, _device(self.model, bound))
+
+    def _dense(self, reason: str) -> Call:
+        if self.settings.strict:
+            raise LayoutMismatchError(f"{type(self.model).__name__} cannot run sparse: {reason}")
+        return Call(None, reason=reason)
+
+    def _sparse(self, layout: Layout, device: torch.device) -> Call:
+        prepared = self._prepared
+        if prepared is not None and prepared[:2] == (layout, device):
+            return prepared[2]
+        method = self.settings.method
+        plan = build_plan(method.pattern(layout), layout, device=device)
+        gain = method.logit_gain(layout, self.native_tokens)
+        call = Call(plan, layout.tokens, gain=gain, strict=self.settings.strict)
+        self._prepared = (layout, device, call)
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+
+def _models(pipe_or_model: Any) -> list[nn.Module]:
+    """The denoisers of a pipeline, or the model itself, compiled or not."""
+    if isinstance(pipe_or_model, nn.Module):
+        return [_denoiser(pipe_or_model)]
+    found = [getattr(pipe_or_model, name, None) for name in _DENOISERS]
+    models = [_denoiser(model) for model in found if isinstance(model, nn.Module)]
+    if not models:
+        raise ConfigError(
+            f"{type(pipe_or_model).__name__} has no {', '.join(_DENOISERS)}; pass a diffusers pipeline or its denoiser."
+        )
+    return models
+
+
+def _denoiser(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _attachment(model: nn.Module) -> Attachment | None:
+    return model.__dict__.get(_ATTACHMENT)
+
+
+def _detach(model: nn.Module) -> None:
+    attachment = _attachment(model)
+    if attachment is not None:
+        attachment.remove()
+
+
+def _attention(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module with an attention processor, by name; some models have no `attn_processors`."""
+    return {name: module for name, module in model.named_modules() if getattr(module, "processor", None) is not None}
+
+
+def _scheduler_config(pipe_or_model: Any) -> Mapping[str, Any] | None:
+    return getattr(getattr(pipe_or_model, "scheduler", None), "config", None)
+
+
+def _native_tokens(family: Any, model: nn.Module, scheduler_config: Mapping[str, Any] | None) -> int | None:
+    try:
+        return family.native_tokens(model, scheduler_config)
+    except ConfigError:
+        return None
+
+
+@cache
+def _signature(model_class: type) -> inspect.Signature:
+    return inspect.signature(model_class.forward)
+
+
+def _device(model: nn.Module, bound: Mapping[str, Any]) -> torch.device:
+    """Where the model computes: of the offload hook when it moves the inputs, else where they are."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return next(value.device for value in bound.values() if isinstance(value, torch.Tensor))
+    return torch.device(device)

@@ -1,0 +1,30 @@
+"""Sliding window: a box of keys around every query, cut at the borders of the picture."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gensparse.layout import Layout
+from gensparse.methods.base import Method
+from gensparse.patterns import Box, Pattern, Text
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Method):
+    """Picture tokens see text and the tokens with |dy|, |dx| (and |dt|) <= radius; text sees everything.
+
+    Args:
+        radius: in tokens, one for all axes or one per axis (H, W) or (F, H, W).
+
+    Raises:
+        ConfigError: a radius is not a positive integer.
+    """
+
+    name: ClassVar[str] = "sliding_window"
+
+    radius: int | tuple[int, ...] = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "radius", Box(self.radius).radius)
+
+    def pattern(self, layout: Layout) -> Pattern:
+        return (Box(self.radius) | Text()).clamped(layout.grid)

@@ -1,0 +1,51 @@
+"""The private names of diffusers that processors rely on, all in this file.
+
+Read in diffusers 0.42: every processor that computes softmax attention calls `dispatch_attention_fn` (tensors
+[B, S, H, D]) or `F.scaled_dot_product_attention` (tensors [B, H, S, D]) by that global name in its own `__call__`.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+DISPATCH = "dispatch_attention_fn"
+SDPA = "scaled_dot_product_attention"
+
+Replacement = Callable[..., Tensor]
+
+
+def core_call(function: types.FunctionType) -> str | None:
+    """The name of the attention call in a processor's `__call__`, or None."""
+    names = function.__code__.co_names
+    if DISPATCH in names:
+        return DISPATCH
+    return SDPA if SDPA in names and "F" in names else None
+
+
+def functional_shim(sdpa: Replacement) -> types.ModuleType:
+    """`torch.nn.functional` with another scaled_dot_product_attention."""
+    shim = types.ModuleType("gensparse_functional")
+    shim.__dict__.update({name: getattr(F, name) for name in dir(F) if not name.startswith("__")})
+    shim.__dict__[SDPA] = sdpa
+    return shim
+
+
+def widened_mask(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    """A mask as scaled_dot_product_attention reads it: diffusers' dispatch takes [B, Nk] as a mask over keys."""
+    if mask is not None and mask.ndim == 2 and mask.shape == (batch, keys):
+        return mask[:, None, None, :]
+    return mask
+
+
+def refusal(dropout_p: float, is_causal: bool, options: dict[str, Any]) -> str | None:
+    """Why the arguments of an attention call rule out a sparse one, or None."""
+    if dropout_p:
+        return "attention dropout is on"
+    if is_causal:
+        return "causal attention was asked for"
+    if options.get("parallel_config") is not None:
+        return "the call holds a part of the sequence (context parallelism)"
+    return None
