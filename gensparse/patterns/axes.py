@@ -169,14 +169,14 @@ def blocks(length: int, window: int, shift: int = 0, wrap: bool = False) -> Axis
 
 def band(length: int, radius: int) -> Axis:
     """Keys at most `radius` tokens away, clipped at the borders."""
-    token = np.arange(length)
-    return Axis(np.maximum(token - radius, 0), np.minimum(token + radius + 1, length))
+    token, reach = np.arange(length), min(radius, length)
+    return Axis(np.maximum(token - reach, 0), np.minimum(token + reach + 1, length))
 
 
 def halo(length: int, block: int, margin: int) -> Axis:
     """The query's block and `margin` tokens on both sides, clipped at the borders."""
-    start = np.arange(length) // block * block
-    return Axis(np.maximum(start - margin, 0), np.minimum(start + block + margin, length))
+    start, reach = np.arange(length) // block * block, min(margin, length)
+    return Axis(np.maximum(start - reach, 0), np.minimum(start + block + reach, length))
 
 
 def residues(length: int, region: int, interval: int) -> Axis:

@@ -224,7 +224,7 @@ class UnionRule(_JoinedRule):
         filled = [np.all(hi > lo, axis=-1, keepdims=True) for lo, hi in spans]
         lows = [np.where(some, lo, far) for some, (lo, _) in zip(filled, spans, strict=True)]
         highs = [np.where(some, hi, 0) for some, (_, hi) in zip(filled, spans, strict=True)]
-        return np.minimum.reduce(lows), np.maximum.reduce(highs)
+        return np.where(np.logical_or.reduce(filled), np.minimum.reduce(lows), 0), np.maximum.reduce(highs)
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         whole = whole_segment(self.layout, segment)

@@ -32,15 +32,16 @@ class Disc(Pattern):
 class _DiscRule(TargetRule):
     def __init__(self, layout: Layout, radius: int) -> None:
         super().__init__(layout)
-        self.radius = radius
+        self.radius = min(radius, sum(self.grid))  # reaches everything; keeps sums of huge radii in range
+        self._axes = [axis for axis, length in enumerate(self.grid) if length > 1] or [2]
 
     def _pairs(self, q: Ints, k: Ints) -> Bools:
-        distance = sum((q[..., axis] - k[..., axis]) ** 2 for axis in range(3))
+        distance = sum((q[..., axis] - k[..., axis]) ** 2 for axis in self._axes)
         return distance < self.radius**2
 
     def _meets(self, q: Boxes, k: Boxes) -> tuple[Bools, Bools]:
         nearest, farthest = 0, 0
-        for axis in range(3):
+        for axis in self._axes:
             q_lo, q_hi = q.lo[..., axis], q.hi[..., axis] - 1
             k_lo, k_hi = k.lo[..., axis], k.hi[..., axis] - 1
             nearest = nearest + np.maximum(np.maximum(k_lo - q_hi, q_lo - k_hi), 0) ** 2
