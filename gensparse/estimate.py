@@ -1,13 +1,13 @@
-"""What a request will cost, from configs alone: tokens, density, FLOPs, memory per stage, and a time from a calibration.
+"""What a request will cost, from configs alone: tokens, density, FLOPs, memory per stage, and a calibrated time.
 
-The constants come from traces of the real layer shapes on meta tensors (activations 6.5 GiB for 65,536 tokens of FLUX in
-bf16; 1.5 GiB per megapixel of un-tiled decoding); allocators and workspaces add 10-30%, which `MARGIN` covers.
+The constants come from traces of the real layer shapes on meta tensors (activations 6.5 GiB for 65,536 tokens of FLUX
+in bf16; 1.5 GiB per megapixel of un-tiled decoding); allocators and workspaces add 10-30%, which `MARGIN` covers.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -50,11 +50,12 @@ class StageEstimate:
     tokens: int
     attention: str
     density: float
-    backend: str
     linear_flops: float
     attention_flops: float
     activation_bytes: int
-    seconds: float | None = None  # of the whole stage
+    seconds: float | None = None  # of all steps
+    enter_flops: float = 0.0  # decoding the smaller picture and encoding its enlargement
+    enter_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Estimate:
     peak_bytes: int
     total_flops: float
     seconds: float | None
+    decode_seconds: float | None
     limit_bytes: int | None
     advice: tuple[str, ...] = ()
 
@@ -101,7 +103,7 @@ class StageShape:
     steps: int
     attention: str = "dense"
     density: float = 1.0
-    backend: str = "sdpa"
+    passes: int = 1  # calls of the model per step: 2 with classifier-free guidance
 
 
 def time_class(seconds: float) -> str:
@@ -115,61 +117,61 @@ def estimate(
     *,
     n_text: int,
     dtype: str,
-    passes: int = 1,
     offload: str = "none",
     limit_bytes: int | None = None,
     rates: Rates | None = None,
+    from_picture: bool = False,
 ) -> Estimate:
     """Estimate one picture.
 
     Args:
         n_text: text tokens of one pass.
         dtype: "fp16", "bf16" or "fp32".
-        passes: 2 with classifier-free guidance.
         offload: "none", "model", "group" or "sequential": how many weights are resident.
         limit_bytes: memory that may be used; None when unknown.
+        rates: speed of the machine; None leaves times out.
+        from_picture: the first stage starts from a given picture.
     """
     size = DTYPE_BYTES[dtype]
-    parts = tuple(_stage(arch, shape, n_text, size, passes, rates) for shape in stages)
-    decode = decode_flops(arch) * sum(2 * s.height * s.width for s in parts[:-1])  # decoded and encoded in between
-    decode += decode_flops(arch) * parts[-1].height * parts[-1].width
+    parts = _with_entries(arch, [_stage(arch, shape, n_text, size, rates) for shape in stages], rates, from_picture)
+    last = parts[-1]
+    decode = decode_flops(arch) * last.height * last.width
+    decode_seconds = decode / rates.decode if rates else None
     weights = resident_bytes(arch, size, offload)
-    decode_memory = decode_bytes(arch, parts[-1].height, parts[-1].width, size)
+    decode_memory = decode_bytes(arch, last.height, last.width, size)
     history = sum(4 * arch.in_channels * p.tokens * p.steps for p in parts) if len(parts) > 1 else 0
     busy = max(max(p.activation_bytes for p in parts), decode_memory)
     peak = RUNTIME_BYTES + weights + int(MARGIN * busy) + history
-    seconds = None
-    if rates is not None:
-        seconds = sum(p.seconds or 0.0 for p in parts) + decode / rates.decode
-    total = sum(p.steps * (p.linear_flops + p.attention_flops) for p in parts) + decode
+    seconds = sum(p.seconds + p.enter_seconds for p in parts) + decode_seconds if rates else None
+    total = sum(p.steps * (p.linear_flops + p.attention_flops) + p.enter_flops for p in parts) + decode
     advice = _advice(arch, parts, size, offload, peak, limit_bytes)
-    return Estimate(parts, weights, decode_memory, decode, peak, total, seconds, limit_bytes, advice)
+    return Estimate(parts, weights, decode_memory, decode, peak, total, seconds, decode_seconds, limit_bytes, advice)
 
 
-def _stage(
-    arch: Architecture, shape: StageShape, n_text: int, size: int, passes: int, rates: Rates | None
-) -> StageEstimate:
+def _with_entries(
+    arch: Architecture, parts: list[StageEstimate], rates: Rates | None, from_picture: bool
+) -> tuple[StageEstimate, ...]:
+    """Add what it costs to enter each stage: decode the one before (unless a picture was given), encode."""
+    out, before = [], 0
+    for index, part in enumerate(parts):
+        entered = from_picture or index > 0
+        flops = decode_flops(arch) * (before + part.height * part.width) if entered else 0.0
+        out.append(replace(part, enter_flops=flops, enter_seconds=flops / rates.decode if rates else None))
+        before = part.height * part.width
+    return tuple(out)
+
+
+def _stage(arch: Architecture, shape: StageShape, n_text: int, size: int, rates: Rates | None) -> StageEstimate:
     image = (shape.height // arch.multiple) * (shape.width // arch.multiple)
     tokens = image + n_text
-    linear = passes * 24.0 * arch.width**2 * arch.layers * tokens
-    attention = passes * 4.0 * arch.width * arch.layers * shape.density * tokens**2
-    activation = int(ACTIVATION_WIDTHS * arch.width * size * tokens * passes)
+    linear = shape.passes * 24.0 * arch.width**2 * arch.layers * tokens
+    attention = shape.passes * 4.0 * arch.width * arch.layers * shape.density * tokens**2
+    activation = int(ACTIVATION_WIDTHS * arch.width * size * tokens)
     seconds = None
     if rates is not None:
         seconds = shape.steps * (linear / rates.linear + attention / rates.attention)
-    return StageEstimate(
-        shape.height,
-        shape.width,
-        shape.steps,
-        tokens,
-        shape.attention,
-        shape.density,
-        shape.backend,
-        linear,
-        attention,
-        activation,
-        seconds,
-    )
+    facts = (shape.height, shape.width, shape.steps, tokens, shape.attention, shape.density)
+    return StageEstimate(*facts, linear, attention, activation, seconds)
 
 
 def resident_bytes(arch: Architecture, size: int, offload: str) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -73,6 +73,9 @@ class ModelInfo:
     max_sequence_length: int = 512
     unconditional: bool = False  # trained with empty prompts
     architecture: Architecture = Architecture()
+    attention: str | None = None  # what `auto` uses beyond `dense_below` tokens; None: a window of the native size
+    dense_below: int = 8192
+    cascade: Mapping[str, Any] = field(default_factory=dict)  # fields of highres.stages.CascadeSettings
 
     @property
     def guidance_kind(self) -> str:
@@ -96,7 +99,7 @@ REGISTRY: dict[str, ModelInfo] = {
             summary="shipped inside gensparse: coloured shapes, for demonstration and tests; no download",
             native_size=256,
             steps=20,
-            guidance=2.0,
+            guidance=3.5,
             max_sequence_length=32,
             unconditional=True,
             architecture=replace(_DISTILLED, double_blocks=2, single_blocks=6, heads=6, head_dim=32),
@@ -310,14 +313,31 @@ def _facts(folder: Path, name: str, index: Mapping[str, Any], family: str, info:
     if info is None and not arch.guidance_embeds:
         base = replace(base, steps=4, guidance=0.0, max_sequence_length=256)
     own = read_json(folder / "gensparse.json", name) if (folder / "gensparse.json").is_file() else {}
-    known = {k: own[k] for k in ("native_size", "steps", "guidance", "max_sequence_length") if _positive(own.get(k))}
-    if isinstance(own.get("unconditional"), bool):
-        known["unconditional"] = own["unconditional"]
-    return replace(base, architecture=arch, **known)
+    return replace(base, architecture=arch, **_own_facts(own))
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+# key of gensparse.json -> (field, type, lowest value)
+_OWN_NUMBERS = {
+    "native_size": ("native_size", int, 16),
+    "max_sequence_length": ("max_sequence_length", int, 1),
+    "num_inference_steps": ("steps", int, 1),
+    "true_cfg_scale": ("guidance", float, 0),
+    "dense_below_tokens": ("dense_below", int, 0),
+}
+
+
+def _own_facts(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model says about itself in gensparse.json; values of another type are left aside."""
+    out: dict[str, Any] = {}
+    for key, (name, kind, low) in _OWN_NUMBERS.items():
+        value = own.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= low:
+            out[name] = kind(value)
+    if isinstance(own.get("attention"), str):
+        out["attention"] = own["attention"]
+    if isinstance(own.get("cascade"), dict):
+        out["cascade"] = own["cascade"]
+    return out
 
 
 def architecture(folder: Path, name: str, index: Mapping[str, Any]) -> Architecture:

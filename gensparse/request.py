@@ -1,7 +1,7 @@
 """Requests: one frozen dataclass per job.
 
-The same dictionary is a set of command line flags, a JSON line of a batch, a preset of the app and the `gensparse` entry
-in a picture's metadata. Importing this file loads neither torch nor diffusers.
+The same dictionary is a set of command line flags, a JSON line of a batch, a preset of the app and the `gensparse`
+entry in a picture's metadata. Importing this file loads neither torch nor diffusers.
 """
 
 import hashlib
@@ -151,7 +151,6 @@ class Request:
     attention: str = "auto"
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
-    strength: float | None = None
     offload: str = "auto"
     max_vram: str | None = None
     device: str = "auto"
@@ -190,18 +189,16 @@ class Request:
             _check_int("steps", self.steps, 1, 1_000)
         if self.guidance is not None:
             _check_float("guidance", self.guidance, 0.0, 100.0)
-        if self.strength is not None:
-            _check_float("strength", self.strength, 0.0, 1.0)
         for seed in self.seed:
             _check_int("seed", seed, 0, MAX_SEED)
         for layer in self.dense_layers:
-            _check_int("dense_layers", layer, 0, 10_000)
+            _check_int("dense_layers", layer, -10_000, 10_000)
         for lora in self.lora:
             _check_word("lora", lora)
 
     # -- dictionaries
     def to_dict(self, *, portable: bool = False) -> dict[str, Any]:
-        """Return a JSON-able dict; `portable` leaves out machine settings and whatever could name a person or a path."""
+        """Return a JSON-able dict; `portable` leaves out machine settings and every folder name."""
         out: dict[str, Any] = {"kind": self.kind, "version": VERSION}
         for item in fields(self):
             if item.name in self.private_fields or (portable and item.name in self.machine_fields):
@@ -254,10 +251,12 @@ class UpscaleRequest(Request):
     kind: ClassVar[str] = "upscale"
 
     image: str = ""
+    strength: float = 0.3  # share of the noise range that is redone: 0 keeps the picture, 1 starts from noise
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_word("image", self.image)
+        _check_float("strength", self.strength, 0.0, 1.0)
 
 
 KINDS: dict[str, type[Request]] = {cls.kind: cls for cls in (GenerateRequest, UpscaleRequest)}

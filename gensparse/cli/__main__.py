@@ -1,0 +1,5 @@
+"""`python -m gensparse.cli`."""
+
+from gensparse.cli import main
+
+main()

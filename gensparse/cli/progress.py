@@ -1,0 +1,96 @@
+"""Progress on stderr: one living line on a terminal, a line per stage elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from gensparse.cli.output import print_err
+from gensparse.cli.state import STATE
+
+MIN_SECONDS = 0.1  # between two redraws of the line
+
+
+class Progress:
+    """Shows the engine's events; use as a context manager and pass `on_event`."""
+
+    def __init__(self) -> None:
+        self._live = STATE.shows_progress and sys.stderr.isatty() and STATE.output != "agent"
+        self._lines = STATE.shows_progress and not self._live
+        self._drawn = 0.0
+        self._stage: tuple[int, int] | None = None
+        self._used = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live and self._used:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+    def on_event(self, event: Any) -> None:
+        """Take one `gensparse.engine.Event`."""
+        if STATE.interrupts is not None and event.phase != "load":
+            STATE.interrupts.deferred = True  # from here on a finished step is worth waiting for
+        if self._live:
+            self._draw(event)
+        elif self._lines:
+            self._line(event)
+
+    def _draw(self, event: Any) -> None:
+        now = time.monotonic()
+        if event.phase == "step" and event.step != event.steps and now - self._drawn < MIN_SECONDS:
+            return
+        self._drawn, self._used = now, True
+        sys.stderr.write("\r\x1b[2K" + fit(event, _columns()))
+        sys.stderr.flush()
+
+    def _line(self, event: Any) -> None:
+        stage = (event.picture, event.stage)
+        if event.phase == "step" and stage == self._stage:
+            return
+        if event.phase == "step":
+            self._stage = stage
+        print_err(describe(event))
+
+
+def _columns() -> int:
+    import shutil
+
+    return max(20, shutil.get_terminal_size((80, 24)).columns)
+
+
+def describe(event: Any) -> str:
+    """One event in words."""
+    if event.phase == "load":
+        return "loading the model"
+    many = f"picture {event.picture + 1}/{event.pictures}, " if event.pictures > 1 else ""
+    if event.phase == "write":
+        return f"{many}writing"
+    size = f" {event.width}x{event.height}" if event.width else ""
+    left = f", {_duration(event.eta)} left" if event.eta is not None else ""
+    if event.phase == "start":
+        return f"{many}reading the prompt"
+    if event.phase == "decode":
+        return f"{many}decoding{size}{left}"
+    return f"{many}stage {event.stage + 1}/{event.stages}{size}, step {event.step}/{event.steps}{left}"
+
+
+def fit(event: Any, columns: int) -> str:
+    """The event with a bar, or shortened, to fit on one line."""
+    text = describe(event)
+    room = columns - len(text) - 4
+    if event.phase == "step" and event.steps and room >= 8:
+        cells = min(room, 24)
+        done = round(cells * event.step / event.steps)
+        return f"[{'=' * done}{' ' * (cells - done)}] {text}"
+    return text if len(text) < columns else text[: columns - 2] + "~"
+
+
+def _duration(seconds: float) -> str:
+    from gensparse.estimate import format_seconds
+
+    return format_seconds(seconds)

@@ -1,0 +1,171 @@
+"""From flags to a request: a file or preset to start from, then what was typed."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gensparse.cli.options import OUTPUT_OPTIONS
+from gensparse.cli.state import STATE
+from gensparse.errors import ConfigError, OutputError
+from gensparse.request import MAX_PROMPT_CHARS, GenerateRequest, Request, UpscaleRequest, request_from_dict
+
+# what a picture or a JSON file of unknown origin may not decide
+UNTRUSTED = ("trust_remote_code", "device", "offload", "max_vram", "local_files_only", "token", "image")
+_NOT_FIELDS = ("width", "height", "config", "from_file", "preset", "save_preset", *OUTPUT_OPTIONS)
+
+
+def generate_request(flags: Mapping[str, Any], prompt: str | None) -> GenerateRequest:
+    """The request of `generate` and `plan`."""
+    return _build(GenerateRequest, flags, prompt, {})
+
+
+def upscale_request(flags: Mapping[str, Any], prompt: str | None, image: Path) -> UpscaleRequest:
+    """The request of `upscale` for one picture."""
+    return _build(UpscaleRequest, flags, prompt, {"image": str(image)})
+
+
+def _build(cls: type[Request], flags: Mapping[str, Any], prompt: str | None, own: dict[str, Any]) -> Any:
+    values = {k: v for k, v in _start(cls, flags).items() if k in cls.__dataclass_fields__}
+    values |= {k: v for k, v in flags.items() if k not in _NOT_FIELDS} | own
+    if "seed" in flags or "num_images" in flags:
+        values["num_images"] = flags.get("num_images", 1)
+    if prompt is not None:
+        values["prompt"] = repair(prompt)
+    if "negative_prompt" in values:
+        values["negative_prompt"] = repair(values["negative_prompt"])
+    if "width" in flags or "height" in flags:
+        values["size"] = _sides(flags)
+    if "config" in flags:
+        values["attention"] = method_text(read_json(flags["config"]))
+    if isinstance(values.get("dense_layers"), str):
+        values["dense_layers"] = _layers(values["dense_layers"])
+    values["local_files_only"] = bool(values.get("local_files_only", False)) or STATE.offline
+    values["token"] = os.environ.get("HF_TOKEN") or None
+    request = cls.from_dict({"kind": cls.kind, **values})
+    if "save_preset" in flags:
+        save_preset(flags["save_preset"], request)
+    return request
+
+
+# ---------------------------------------------------------------------------------------------------- where to start
+def _start(cls: type[Request], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that flags override: from --preset or --from."""
+    if "preset" in flags and "from_file" in flags:
+        raise ConfigError("--preset and --from are both given; use one of them")
+    if "preset" in flags:
+        return _trusted(read_json(_preset_path(flags["preset"])))
+    if "from_file" not in flags:
+        return {}
+    from gensparse.image_io import read_metadata
+
+    return request_of(read_metadata(flags["from_file"]))
+
+
+def request_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked request of a picture's metadata, without what a stranger's file must not decide."""
+    data = dict(metadata["request"])
+    if metadata.get("prompt_omitted"):
+        data.pop("prompt", None)
+    return _trusted(data)
+
+
+def _trusted(data: Mapping[str, Any]) -> dict[str, Any]:
+    from gensparse.models import looks_like_path
+
+    kept = {k: v for k, v in data.items() if k not in UNTRUSTED}
+    if isinstance(kept.get("model"), str) and looks_like_path(kept["model"]):
+        raise ConfigError("the request names a model by a path, which is not followed; name the model with -m")
+    probe = {**kept, "image": "x"} if kept.get("kind") == UpscaleRequest.kind else kept
+    checked = request_from_dict(probe).to_dict()
+    return {k: checked[k] for k in kept if k not in ("kind", "version")}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object from a file. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            data = json.loads(file.read(1 << 20))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not valid JSON"
+        raise ConfigError(f"cannot read {path.name!r}: {reason}; give a JSON file") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f'{path.name!r} holds no JSON object; give a file such as {{"method": "clear"}}')
+    return data
+
+
+def _preset_path(name: str) -> Path:
+    import typer
+
+    if not re.fullmatch(r"[\w.-]{1,64}", name) or name.startswith("."):
+        raise ConfigError(f"preset name is {name[:64]!r}; use letters, digits, dots and dashes")
+    return Path(typer.get_app_dir("gensparse")) / "presets" / f"{name}.json"
+
+
+def save_preset(name: str, request: Request) -> None:
+    """Keep a request under a name, without prompt, seed and machine settings."""
+    path = _preset_path(name)
+    data = {k: v for k, v in request.to_dict().items() if k not in (*UNTRUSTED, "prompt", "seed", "num_images")}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot save preset {name!r}: {error.strerror}; check your home folder") from error
+
+
+# ------------------------------------------------------------------------------------------------------- single flags
+def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str | None:
+    """The prompt from one of its four places: argument, -p, --prompt-file, or `-` for stdin."""
+    given = [item for item in (argument, option, file) if item is not None]
+    if len(given) > 1:
+        raise ConfigError("the prompt is given more than once; use the argument, -p or --prompt-file")
+    if file is not None:
+        try:
+            with open(file, encoding="utf-8-sig") as source:
+                return source.read(MAX_PROMPT_CHARS + 1).strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ConfigError(f"cannot read prompt file {file.name!r}: {reason}; give a text file") from error
+    text = argument if argument is not None else option
+    if text == "-":
+        return sys.stdin.read(MAX_PROMPT_CHARS + 1).strip("\r\n")
+    return text
+
+
+def repair(text: str) -> str:
+    """Text of a command line whose bytes the locale could not decode, read as UTF-8 where that works."""
+    if not any("\ud800" <= letter <= "\udfff" for letter in text):
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _sides(flags: Mapping[str, Any]) -> str:
+    if "size" in flags:
+        raise ConfigError("--size is given together with --width or --height; use one of both")
+    if "width" not in flags or "height" not in flags:
+        raise ConfigError("--width and --height belong together; give both, or --size")
+    return f"{flags['width']}x{flags['height']}"
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",") if item.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--dense-layers is {text[:60]!r}; give numbers such as 0,1,-1") from error
+
+
+def method_text(data: Mapping[str, Any]) -> str:
+    """The dictionary of a method as the text of `--attention`: {"method": "clear", "radius": 8} -> clear:radius=8."""
+    settings = {k: v for k, v in data.items() if k not in ("method", "version")}
+    items = ",".join(f"{name}={_setting(value)}" for name, value in settings.items())
+    name = str(data.get("method", ""))
+    return f"{name}:{items}" if items else name
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,128 @@
+"""What `generate` and `upscale` share: run a request, write its pictures, say where they are."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gensparse import image_io
+from gensparse.cli import output
+from gensparse.cli.paths import Target, plan_target, stage_folders_near
+from gensparse.cli.progress import Progress
+from gensparse.cli.state import STATE
+from gensparse.errors import GensparseError
+from gensparse.request import Request
+
+if TYPE_CHECKING:
+    from gensparse.engine import Output, OutputOptions, Result
+
+
+def run_request(request: Request, flags: Mapping[str, Any]) -> None:
+    """Run one request from its flags to its pictures and their paths on stdout."""
+    count = max(len(request.seed), request.num_images)
+    target = plan_target(flags.get("output"), flags.get("image_format"), count, overwrite=_on(flags, "overwrite"))
+    try:
+        result = _execute(request, flags, target)
+    finally:
+        target.clean()
+    if target.paths:
+        show_result(result)
+    else:
+        output.warn(result.warnings)
+        output.write_bytes(_encoded(result.outputs[0], target.image_format, request, flags))
+
+
+def _execute(request: Request, flags: Mapping[str, Any], target: Target) -> "Result":
+    from gensparse.engine import execute
+
+    if "from_file" in flags:
+        _warn_of_differences(flags["from_file"])
+    cancel = STATE.interrupts.cancel if STATE.interrupts else None
+    with Progress() as progress:
+        return execute(request, output_options(flags, target), on_event=progress.on_event, cancel=cancel)
+
+
+def output_options(flags: Mapping[str, Any], target: Target) -> "OutputOptions":
+    """The engine's output options from flags."""
+    from gensparse.engine import OutputOptions
+
+    previews = flags.get("preview_dir")
+    if previews is not None:
+        plan_target(f"{previews}/", None, 1, overwrite=True)
+    return OutputOptions(
+        paths=target.paths,
+        image_format=target.image_format,
+        overwrite=_on(flags, "overwrite"),
+        metadata=not _on(flags, "no_metadata"),
+        prompt_in_metadata=not _on(flags, "no_prompt"),
+        sidecar=_on(flags, "sidecar"),
+        preview_dir=previews,
+        stages_dir=target.stages_dir,
+        also_read=stage_folders_near(flags["from_file"]) if "from_file" in flags else (),
+    )
+
+
+def _on(flags: Mapping[str, Any], name: str) -> bool:
+    return bool(flags.get(name, False))
+
+
+def _warn_of_differences(source: Path) -> None:
+    from gensparse.engine import reproduction_warnings
+
+    output.warn(reproduction_warnings(image_io.read_metadata(source)))
+
+
+def _encoded(item: "Output", kind: str, request: Request, flags: Mapping[str, Any]) -> bytes:
+    assert item.image is not None
+    buffer = BytesIO()
+    metadata = None if _on(flags, "no_metadata") else item.metadata
+    image_io.encode_image(item.image, buffer, kind, metadata=metadata, from_picture=request.kind == "upscale")
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def show_result(result: "Result") -> None:
+    """The result on stdout in the format in force, warnings and the summary on stderr."""
+    output.warn(result.warnings)
+    if STATE.output == "json":
+        output.print_json(result.to_dict())
+        return
+    if STATE.output == "human":
+        output.print_err(summary(result))
+    for item in result.outputs:
+        text = str(item.path)
+        if STATE.output == "agent":
+            text = f"{item.path} {item.width}x{item.height} seed={item.seed} sha256={(item.sha256 or '')[:12]}"
+        output.print_out(text)
+    if STATE.output == "agent":
+        output.print_out(summary(result))
+
+
+def summary(result: "Result") -> str:
+    """One line: seconds, memory, attention."""
+    from gensparse.estimate import format_bytes, format_seconds
+
+    parts = [format_seconds(result.timings.get("total", 0.0))]
+    memory = result.memory.get("peak_vram_bytes") or result.memory.get("peak_ram_bytes")
+    if memory:
+        parts.append(f"peak {format_bytes(memory)}")
+    parts += [str(item) for item in attention_words(result.attention.get("stages", []))]
+    return ", ".join(parts)
+
+
+def attention_words(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the attention reports say, in a few words."""
+    sparse = [stage for stage in stages if stage.get("sparse")]
+    if not sparse:
+        return ["dense attention"]
+    density = sparse[-1].get("density")
+    words = f"sparse attention in {len(sparse)} of {len(stages)} enlarged stages"
+    return [f"{words}, density {density:.3f} in the last" if isinstance(density, float) else words]
+
+
+def run_many(requests: Sequence[Request], flags: Mapping[str, Any]) -> None:
+    """Run several requests one after the other; the first error ends the command."""
+    if len(requests) > 1 and (flags.get("output") == "-" or Path(str(flags.get("output", ""))).suffix):
+        raise GensparseError("several pictures need a folder; use -o FOLDER/")
+    for request in requests:
+        run_request(request, flags)

@@ -1,0 +1,46 @@
+"""`gensparse upscale`: a picture of one's own, larger."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST, REQUEST_OPTIONS, SIZE, with_options
+
+
+@with_options(REQUEST_OPTIONS, OUTPUT_OPTIONS)
+def upscale(
+    flags: dict[str, Any],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="PNG, JPEG, WebP, TIFF, BMP or GIF files.")],
+    by: Annotated[
+        str | None, typer.Option("--by", help="Factor: 2x, 1.5x (2x)", rich_help_panel=SIZE, show_default=False)
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", help="0 keeps the picture, 1 starts from noise (0.3)", rich_help_panel=REQUEST),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="What the picture shows; optional", rich_help_panel=REQUEST)
+    ] = None,
+) -> None:
+    """Enlarge pictures: rotation, colour profile and transparency are kept.
+
+    Examples:
+
+      gensparse upscale photo.jpg
+
+      gensparse upscale photo.jpg --by 4x --strength 0.2 -o large.png
+
+      gensparse upscale *.png --size 4096 -o large/
+    """
+    from gensparse.cli.requests import upscale_request
+    from gensparse.cli.run import run_many
+    from gensparse.errors import ConfigError
+
+    if by is not None and "size" in flags:
+        raise ConfigError("--by and --size are both given; use one of them")
+    if by is not None:
+        flags["size"] = by if by.lower().endswith("x") else f"{by}x"
+    if strength is not None:
+        flags["strength"] = strength
+    run_many([upscale_request(flags, prompt, path) for path in inputs], flags)

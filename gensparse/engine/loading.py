@@ -1,0 +1,93 @@
+"""Weights into memory: the pipeline of a checked model, LoRA files, and their place on the device."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gensparse.engine.machine import torch_dtype
+from gensparse.errors import ConfigError, ModelError
+from gensparse.models import PICKLES, ModelRef
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_pipeline(ref: ModelRef, dtype: str, device: str, offload: str, lora: Sequence[str]) -> Any:
+    """Load the high-resolution pipeline of a checked model. Raises ModelError when the files do not load."""
+    pipe = _load_weights(ref, torch_dtype(dtype))
+    for item in lora:
+        _load_lora(pipe, item)
+    _place(pipe, device, offload)
+    return pipe
+
+
+def _load_weights(ref: ModelRef, dtype: "torch.dtype") -> Any:
+    from gensparse.pipelines.flux_highres import FluxHighresPipeline
+
+    if ref.embedded:
+        from gensparse.embedded import load_embedded
+
+        return FluxHighresPipeline.from_pipe(load_embedded(torch_dtype=dtype))
+    try:
+        return FluxHighresPipeline.from_pretrained(
+            ref.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=ref.variant,
+            local_files_only=True,
+            trust_remote_code=ref.remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model {ref.name!r} could not be loaded ({_first_line(error)}); download it again") from error
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """Split PATH[:SCALE]; a colon of a Windows drive is not a scale."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or len(path) <= 1 or "/" in scale or "\\" in scale:
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError as error:
+        raise ConfigError(f"LoRA scale is {scale!r}; write PATH or PATH:0.8") from error
+
+
+def _load_lora(pipe: Any, item: str) -> None:
+    path, scale = parse_lora(item)
+    name = f"lora{len(pipe.get_list_adapters().get('transformer', [])) if hasattr(pipe, 'get_list_adapters') else 0}"
+    try:
+        pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True)
+        pipe.fuse_lora(adapter_names=[name], lora_scale=scale)
+    except ImportError as error:
+        raise ModelError("LoRA files need peft; install it with `pip install gensparse[lora]`") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"LoRA {Path(path).name!r} could not be loaded ({_first_line(error)}); check it") from error
+
+
+def check_lora(items: Sequence[str]) -> None:
+    """Check LoRA files by name before any weight is loaded. Raises ModelError for pickles and missing files."""
+
+    for item in items:
+        path, _ = parse_lora(item)
+        if path.lower().endswith(PICKLES):
+            raise ModelError(f"LoRA {Path(path).name!r} is a pickle, which can run code; use a .safetensors file")
+        if path.lower().endswith(".safetensors") and not Path(path).is_file():
+            raise ModelError(f"LoRA file {Path(path).name!r} does not exist; check its path")
+
+
+def _place(pipe: Any, device: str, offload: str) -> None:
+    if offload == "none" or device == "cpu":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        import torch
+
+        target = torch.device(device)
+        pipe.enable_group_offload(onload_device=target, offload_type="block_level", num_blocks_per_group=1)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,112 @@
+"""The machine: which device and dtype to use, how much memory there is, which versions run."""
+
+import contextlib
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gensparse import __version__
+from gensparse.errors import ConfigError
+from gensparse.request import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """A torch device name; raises ConfigError for one that is not there."""
+    import torch
+
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError as error:
+        raise ConfigError(f"device is {wanted!r}; give auto, cpu, cuda, cuda:1 or mps") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        raise ConfigError(
+            f"device {wanted!r} is not available; this machine has {', '.join(k for k in there if there[k])}"
+        )
+    return wanted
+
+
+def pick_dtype(wanted: str, device: str) -> str:
+    """fp32 on CPUs (bf16 is an explicit choice there), bf16 on GPUs that have it, else fp16."""
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "fp32"
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return "bf16"
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def memory_limit(device: str, max_vram: str | None) -> int | None:
+    """Bytes that may be used: what the user allows, or what is free on the device now."""
+    if max_vram is not None:
+        return parse_bytes(max_vram)
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _free_memory()
+
+
+def _free_memory() -> int | None:
+    """Free main memory, also inside a container with a limit of its own."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        if limit.isdigit():
+            free = min(free, int(limit) - int(used))
+    return max(free, 0)
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """Peak bytes of this process, and of the GPU when one is used."""
+    out: dict[str, int] = {}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        out["peak_ram_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.startswith("cuda"):
+        import torch
+
+        out["peak_vram_bytes"] = int(torch.cuda.max_memory_allocated(device))
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bits of a picture."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"gensparse": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            out[name] = version(name)
+    return out
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is the device or the machine running out of memory."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,81 @@
+"""What is written beside the pixels: metadata, attention summary, and the warnings of a run."""
+
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from gensparse import image_io
+from gensparse.engine.machine import versions
+from gensparse.engine.values import Resolved
+from gensparse.image_io import Picture
+from gensparse.models import ModelRef
+from gensparse.request import Request
+
+
+def build_metadata(
+    request: Request, resolved: Resolved, *, offload: str, attention: Mapping[str, Any], source: Picture | None
+) -> dict[str, Any]:
+    """What is written into a picture; no date, so that the same request gives the same file."""
+    import torch
+
+    run: dict[str, Any] = {
+        "device": resolved.device.split(":")[0],
+        "dtype": resolved.dtype,
+        "offload": offload,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "attention": dict(attention),
+    }
+    out = {
+        "gensparse": image_io.METADATA_VERSION,
+        "request": request.to_dict(portable=True),
+        "licence": resolved.info.licence,
+        "run": run,
+        "versions": versions(),
+    }
+    if source is not None:
+        out["source_sha256"] = source.sha256
+    return out
+
+
+def attention_summary(pipe: Any) -> dict[str, Any]:
+    """The attention reports of the stages, reduced to what JSON can hold."""
+    reports = getattr(pipe, "attention_report", None) or []
+    return {"stages": json.loads(json.dumps(list(reports), default=str))}
+
+
+def prompt_warnings(ref: ModelRef, pipe: Any, request: Request) -> list[str]:
+    """Words the embedded model does not know, and how much of a long prompt is not read."""
+    out = []
+    if ref.embedded and request.prompt:
+        from gensparse.embedded import unknown_words
+
+        for word, near in unknown_words(request.prompt).items():
+            hint = f"did you mean {', '.join(near)}?" if near else "see `gensparse models show embedded`"
+            out.append(f"the embedded model does not know {word[:40]!r}; {hint}")
+    tokenizer = getattr(pipe, "tokenizer_2", None) or getattr(pipe, "tokenizer", None)
+    if tokenizer is not None and request.prompt:
+        count = len(tokenizer(request.prompt, truncation=False, verbose=False)["input_ids"])
+        if count > ref.info.max_sequence_length:
+            limit = ref.info.max_sequence_length
+            out.append(
+                f"the prompt has {count} tokens and the model reads {limit}: the last {count - limit} are ignored"
+            )
+    return out
+
+
+def reproduction_warnings(metadata: Mapping[str, Any]) -> list[str]:
+    """Why running a picture's request again may not give the same bits here."""
+    import torch
+
+    out = []
+    then, now = metadata.get("versions"), versions()
+    for name in now if isinstance(then, Mapping) else ():
+        if isinstance(then.get(name), str) and then[name] != now[name]:
+            out.append(f"made with {name} {then[name][:20]}, here is {now[name]}: bits may differ")
+    run = metadata.get("run")
+    threads = run.get("threads") if isinstance(run, Mapping) else None
+    if isinstance(threads, int) and threads != torch.get_num_threads():
+        out.append(f"made with {threads} threads, here are {torch.get_num_threads()}: bits may differ")
+    return out

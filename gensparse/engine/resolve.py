@@ -1,0 +1,216 @@
+"""From a request to a resolved one and its cost, without reading a weight."""
+
+import secrets
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from gensparse.engine.machine import memory_limit, pick_device, pick_dtype
+from gensparse.engine.values import Resolved
+from gensparse.errors import ConfigError
+from gensparse.estimate import Estimate, StageShape, calibrate, estimate
+from gensparse.image_io import Picture
+from gensparse.models import ModelInfo, ModelRef, resolve
+from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
+
+if TYPE_CHECKING:
+    from gensparse.highres.stages import Stage
+
+OFFLOAD_LADDER = ("none", "model", "group", "sequential")
+
+
+def plan(
+    request: Request, *, picture: Picture | None = None, time_it: bool = True, ref: ModelRef | None = None
+) -> tuple[Resolved, Estimate]:
+    """What a request will cost, without reading a weight. Raises nothing for a request that does not fit."""
+    ref = ref or open_model(request, weights=False)
+    resolved = resolve_request(request, ref.info, picture)
+    return resolved, estimate_for(resolved, time_it=time_it)[1]
+
+
+def open_model(request: Request, *, weights: bool = True) -> ModelRef:
+    """Find and check the model of a request; `weights=False` reads configs only. Raises ModelError."""
+    from gensparse.embedded import embedded_path
+
+    return resolve(
+        request.model,
+        revision=request.revision,
+        variant=request.variant,
+        local_files_only=request.local_files_only,
+        trust_remote_code=request.trust_remote_code,
+        token=request.token,
+        weights=weights,
+        shipped={"embedded": embedded_path},
+    )
+
+
+def resolve_request(request: Request, info: ModelInfo, picture: Picture | None = None) -> Resolved:
+    """Fill in everything a request left open; the warnings say what was rounded, clamped or is without effect."""
+    notes: list[str] = []
+    _check_prompt(request, info)
+    check_attention(request.attention)
+    height, width = _target_size(request, info, picture, notes)
+    device = pick_device(request.device)
+    steps = request.steps if request.steps is not None else int(info.steps)
+    dense_steps = min(request.dense_steps, steps)
+    if dense_steps != request.dense_steps:
+        notes.append(f"--dense-steps {request.dense_steps} is more than the {steps} steps there are: {steps} used")
+    guidance = request.guidance if request.guidance is not None else info.guidance
+    if request.negative_prompt and not uses_negative(info, guidance):
+        notes.append(f"the negative prompt has no effect: {info.alias} runs without classifier-free guidance")
+    full = request.replace(
+        steps=steps,
+        dense_steps=dense_steps,
+        guidance=float(guidance),
+        dtype=pick_dtype(request.dtype, device),
+        seed=_seeds(request),
+        size=f"{width}x{height}",
+    )
+    full = full.replace(num_images=len(full.seed))
+    source = picture.size if picture else (0, 0)
+    return Resolved(full, info, height, width, device, full.dtype, tuple(notes), source)
+
+
+def _check_prompt(request: Request, info: ModelInfo) -> None:
+    if isinstance(request, GenerateRequest) and not request.prompt.strip() and not info.unconditional:
+        raise ConfigError(f"the prompt is empty and {info.alias} was not trained without one; give a prompt")
+
+
+def check_attention(text: str) -> None:
+    """Raise ConfigError for an attention setting that names no method."""
+    if text not in ("auto", "dense"):
+        from gensparse.methods import parse_method
+
+        parse_method(text)
+
+
+def _target_size(request: Request, info: ModelInfo, picture: Picture | None, notes: list[str]) -> tuple[int, int]:
+    """(height, width) of the result; upscaling is exact, generating rounds to what the model can do."""
+    multiple = info.architecture.multiple
+    if picture is not None:
+        (height, width), _ = parse_size(request.size or "2x").resolve(base=picture.size, multiple=1)
+        if request.round == "strict":
+            parse_size(f"{width}x{height}").resolve(base=picture.size, multiple=multiple, rounding="strict")
+        return height, width
+    native = (info.native_size, info.native_size)
+    size, note = parse_size(request.size or "1x").resolve(base=native, multiple=multiple, rounding=request.round)
+    if note:
+        notes.append(note)
+    return size
+
+
+def _seeds(request: Request) -> tuple[int, ...]:
+    """One seed per picture: those given, counted up from the last one; drawn when none is given."""
+    seeds = list(request.seed) or [secrets.randbelow(2**32)]
+    while len(seeds) < request.num_images:
+        seeds.append(seeds[-1] + 1)
+    return tuple(seeds)
+
+
+def uses_negative(info: ModelInfo, guidance: float) -> bool:
+    return info.guidance_kind == "cfg" and guidance > 1.0
+
+
+def text_tokens(info: ModelInfo) -> int:
+    return info.max_sequence_length
+
+
+def estimate_for(resolved: Resolved, *, time_it: bool = True) -> tuple[str, Estimate]:
+    """The offload to use and the estimate with it; "auto" on a GPU is the first rung of the ladder that fits."""
+    arch, request = resolved.info.architecture, resolved.request
+    limit = memory_limit(resolved.device, request.max_vram)
+    rates = calibrate(resolved.device, resolved.dtype, arch.width, arch.head_dim) if time_it else None
+    shapes = stage_shapes(resolved)
+
+    def cost(choice: str) -> Estimate:
+        return estimate(
+            arch,
+            shapes,
+            n_text=text_tokens(resolved.info),
+            dtype=resolved.dtype,
+            offload=choice,
+            limit_bytes=limit,
+            rates=rates,
+            from_picture=isinstance(request, UpscaleRequest),
+        )
+
+    if request.offload != "auto":
+        return request.offload, cost(request.offload)
+    ladder = OFFLOAD_LADDER[:3] if resolved.device.startswith("cuda") else ("none",)
+    costs = {choice: cost(choice) for choice in ladder}
+    chosen = next((choice for choice, item in costs.items() if item.fits), ladder[0])
+    return chosen, costs[chosen]
+
+
+def stage_shapes(resolved: Resolved) -> list[StageShape]:
+    """Sizes, steps and attention of every stage, as the pipeline will run them."""
+    from gensparse.highres.stages import CascadeSettings, plan_stages
+
+    info, request = resolved.info, resolved.request
+    native = (info.native_size, info.native_size)
+    multiple = info.architecture.multiple
+    height, width = padded(resolved.height, multiple), padded(resolved.width, multiple)
+    settings = CascadeSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in info.cascade.items()})
+    stages = plan_stages(height, width, native, steps=request.steps or 1, multiple=multiple, settings=settings)
+    first = (stages[0].height, stages[0].width)
+    if isinstance(request, UpscaleRequest):
+        stages = _steps_of_upscaling(stages, request, info, resolved.source_size)
+    elif getattr(request, "highres", "auto") == "none":
+        stages, first = [replace(stages[0], height=height, width=width)], (height, width)
+    return [_shape(resolved, k, stage, first) for k, stage in enumerate(stages)]
+
+
+def _steps_of_upscaling(
+    stages: list["Stage"], request: UpscaleRequest, info: ModelInfo, size: tuple[int, int]
+) -> list["Stage"]:
+    """The stages larger than the given picture, none redoing more than `strength` of the noise range."""
+    from gensparse.highres.shift import flow_sigmas, shift_mu
+    from gensparse.highres.stages import steps_within
+
+    tokens = (stages[0].height // info.architecture.multiple) * (stages[0].width // info.architecture.multiple)
+    within = steps_within(flow_sigmas(stages[0].steps, mu=shift_mu(tokens)).tolist(), request.strength)
+    todo = stages[1:] or stages
+    todo = [s for s in todo[:-1] if s.height * s.width > size[0] * size[1]] + todo[-1:]
+    later = [replace(stage, steps=min(stage.steps, within)) for stage in todo[1:]]
+    return [replace(todo[0], steps=within), *later]
+
+
+def padded(side: int, multiple: int) -> int:
+    """The next multiple of `multiple` pixels."""
+    return -(-side // multiple) * multiple
+
+
+def _shape(resolved: Resolved, index: int, stage: "Stage", native: tuple[int, int]) -> StageShape:
+    """Cost facts of one stage; `native` = (height, width) of the native stage, which is always dense."""
+    guidance = resolved.request.guidance or 0.0
+    passes = 2 if index == 0 and uses_negative(resolved.info, guidance) else 1
+    size = (stage.height, stage.width)
+    attention = "dense" if size == native else attention_at(resolved, *size)
+    density = 1.0 if attention == "dense" else attention_density(attention, *size, resolved.info)
+    return StageShape(*size, stage.steps, attention, density, passes)
+
+
+def attention_at(resolved: Resolved, height: int, width: int) -> str:
+    """The attention of an enlarged stage: only `auto` chooses by size."""
+    info, wanted = resolved.info, resolved.request.attention
+    if wanted != "auto":
+        return wanted
+    multiple = info.architecture.multiple
+    side = info.native_size // multiple
+    sparse = (height // multiple) * (width // multiple) > info.dense_below
+    return (info.attention or f"neighborhood:window={side}x{side}") if sparse else "dense"
+
+
+@lru_cache(maxsize=64)
+def _density(attention: str, height: int, width: int, n_text: int, multiple: int) -> float:
+    from gensparse.families.flux import layout_for
+    from gensparse.methods import parse_method
+    from gensparse.plan import build_plan
+
+    layout = layout_for(height, width, n_text=n_text, vae_scale=multiple // 2)
+    return float(build_plan(parse_method(attention).pattern(layout), layout).stats()["density"])
+
+
+def attention_density(attention: str, height: int, width: int, info: ModelInfo) -> float:
+    """Share of the query-key pairs that a method computes at one size."""
+    return _density(attention, height, width, text_tokens(info), info.architecture.multiple)

@@ -1,0 +1,311 @@
+"""One request to one result: a session keeps a loaded pipeline between requests."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from gensparse import image_io
+from gensparse.engine.call import call_arguments, finish_picture, padded_source
+from gensparse.engine.loading import check_lora, load_pipeline
+from gensparse.engine.machine import is_out_of_memory, peak_memory, versions
+from gensparse.engine.record import attention_summary, build_metadata, prompt_warnings
+from gensparse.engine.resolve import OFFLOAD_LADDER, estimate_for, open_model, resolve_request
+from gensparse.engine.stages import StageCache, stage_key
+from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
+from gensparse.engine.watch import StepWatch, decode_guard, float32_vae
+from gensparse.errors import Cancelled, NumericsError, WontFitError
+from gensparse.estimate import Estimate
+from gensparse.image_io import Picture
+from gensparse.models import ModelRef
+from gensparse.request import Request, UpscaleRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Session:
+    """A loaded pipeline that serves requests one after the other.
+
+    Args:
+        ref: the model, already checked.
+        device, dtype, offload: as the first request resolved them.
+        lora: LoRA files or hub ids, each with an optional `:scale`.
+        loader: builds the pipeline; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        *,
+        device: str = "cpu",
+        dtype: str = "fp32",
+        offload: str = "none",
+        lora: Sequence[str] = (),
+        loader: Callable[..., Any] | None = None,
+    ) -> None:
+        self.ref, self.device, self.dtype, self.offload = ref, device, dtype, offload
+        self.lora = tuple(lora)
+        self._loader = loader or load_pipeline
+        self._pipe: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, loaded on first use."""
+        if self._pipe is None:
+            self._pipe = self._loader(self.ref, self.dtype, self.device, self.offload, self.lora)
+        return self._pipe
+
+    def close(self) -> None:
+        """Drop the pipeline and give its memory back."""
+        self._pipe = None
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def run(
+        self,
+        resolved: Resolved,
+        output: OutputOptions | None = None,
+        *,
+        picture: Picture | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        cancel: threading.Event | None = None,
+        expected: Estimate | None = None,
+    ) -> Result:
+        """Make every picture of a resolved request and write it.
+
+        Raises Cancelled (finished pictures stay), NumericsError, WontFitError, OutputError, ModelError.
+        """
+        with self._lock:
+            job = _Job(self, resolved, output or OutputOptions(), picture, on_event, cancel, expected)
+            return job.run()
+
+
+@dataclass
+class _Job:
+    """The state of one `Session.run`."""
+
+    session: Session
+    resolved: Resolved
+    output: OutputOptions
+    source: Picture | None
+    on_event: Callable[[Event], None] | None
+    cancel: threading.Event | None
+    expected: Estimate | None
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    done: list[Output] = field(default_factory=list)
+    index: int = 0
+
+    def run(self) -> Result:
+        started = time.perf_counter()
+        self.warnings += self.resolved.warnings
+        if self.source is not None:
+            self.warnings += self.source.warnings
+        self._load()
+        self.warnings += prompt_warnings(self.session.ref, self.session.pipe, self.resolved.request)
+        status = "ok"
+        try:
+            for index, seed in enumerate(self.resolved.seeds):
+                self.index = index
+                self._check_cancel()
+                self._one(seed)
+        except Cancelled:
+            if not self.done:
+                raise
+            status = "cancelled"
+        self.timings["total"] = time.perf_counter() - started
+        return self._result(status)
+
+    # -- phases
+    def _load(self) -> None:
+        self.emit(Event("load"))
+        with self._timed("load"):
+            try:
+                _ = self.session.pipe
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise self._wont_fit(error) from error
+                raise
+
+    def _one(self, seed: int) -> None:
+        self.emit(Event("start"))
+        request = self.resolved.picture(seed)
+        store = self._store(request)
+        with self._timed("denoise_decode"):
+            image = self._pixels(request, seed, store)
+        with self._timed("write"):
+            self.emit(Event("write"))
+            self.done.append(self._write(image, request, seed))
+        store.finish()
+
+    def _pixels(self, request: Request, seed: int, store: StageCache) -> "Image.Image":
+        """The picture of one seed, with the retries that are allowed: less memory, then a float32 autoencoder."""
+        while True:
+            try:
+                return self._checked_pixels(request, seed, store)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not self._give_ground():
+                    raise self._wont_fit(error) from error
+
+    def _checked_pixels(self, request: Request, seed: int, store: StageCache) -> "Image.Image":
+        image, problem = self._call(request, seed, store)
+        if image is not None:
+            return image
+        with float32_vae(self.session.pipe) as changed:
+            if changed:
+                self.warnings.append(f"the autoencoder gave {problem} in {self.resolved.dtype}: decoded again in fp32")
+                store.float32 = True
+                image, problem = self._call(request, seed, store)
+                store.float32 = False
+        if image is not None:
+            return image
+        raise NumericsError(f"decoding gave {problem} even in fp32; try --dtype fp32, other settings or another seed")
+
+    def _call(self, request: Request, seed: int, store: StageCache) -> tuple["Image.Image | None", str | None]:
+        """Run the pipeline once; return the picture, or what is wrong with it."""
+        pipe = self.session.pipe
+        pipe.set_progress_bar_config(disable=True)
+        arguments = call_arguments(self.resolved, request, seed)
+        if self.source is not None:
+            arguments["image"] = padded_source(self.source.image, self.resolved)
+        watch = StepWatch(self.expected, self.emit, self._check_cancel, self._preview)
+        with decode_guard(pipe, self._check_cancel) as guard:
+            try:
+                out = pipe(
+                    **arguments,
+                    stage_store=store,
+                    callback_on_step_end=watch.on_step,
+                    callback_on_stage_end=watch.on_stage,
+                )
+            except NumericsError:
+                if guard.broken:  # a picture between two stages was broken, not the latents
+                    return None, "NaN or infinity"
+                raise
+        image = out.images[0].convert("RGB")
+        problem = "NaN or infinity" if guard.broken else image_io.picture_problem(image)
+        return (image, None) if problem is None else (None, problem)
+
+    # -- helpers
+    def emit(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(replace(event, picture=self.index, pictures=len(self.resolved.seeds)))
+
+    def _check_cancel(self) -> None:
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled("stopped on request; finished stages are kept, run the same command to continue")
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    def _store(self, request: Request) -> StageCache:
+        key = stage_key(request, self.resolved, self.source)
+        folders = [root / key for root in (self.output.stages_dir, *self.output.also_read) if root is not None]
+        return StageCache(folders, writable=self.output.stages_dir is not None, keep_native=self.source is None)
+
+    def _preview(self, pipe: Any, result: Any) -> None:
+        """Keep a small picture of a finished stage."""
+        folder = self.output.preview_dir
+        if folder is None:
+            return
+        path = folder / f"{self.index + 1:04d}-stage{result.index + 1}-{result.width}x{result.height}.png"
+        image_io.write_image(pipe.preview(result)[0], path, overwrite=True)
+
+    def _give_ground(self) -> bool:
+        """After out of memory on a GPU: reload one rung further down the offload ladder. False at its end."""
+        session = self.session
+        if not session.device.startswith("cuda") or session.offload == OFFLOAD_LADDER[-1]:
+            return False
+        session.offload = OFFLOAD_LADDER[OFFLOAD_LADDER.index(session.offload) + 1]
+        session.close()
+        self.warnings.append(f"out of memory: continued with --offload {session.offload}")
+        return True
+
+    def _wont_fit(self, error: BaseException) -> WontFitError:
+        advice = "; ".join(self.expected.advice[1:]) if self.expected else ""
+        hint = advice or "choose a smaller --size or --dtype bf16"
+        return WontFitError(f"out of memory on {self.session.device} after every fallback; {hint}")
+
+    def _write(self, image: "Image.Image", request: Request, seed: int) -> Output:
+        finished = finish_picture(image, self.source, self.resolved)
+        metadata = self._metadata(request)
+        size = (finished.width, finished.height)
+        if not self.output.paths:
+            return Output(None, *size, seed, None, finished, metadata)
+        path = self.output.paths[self.index]
+        digest = image_io.write_image(
+            finished,
+            path,
+            image_format=self.output.image_format,
+            metadata=metadata if self.output.metadata else None,
+            icc_profile=self.source.icc_profile if self.source else None,
+            from_picture=self.source is not None,
+            overwrite=self.output.overwrite,
+        )
+        if self.output.sidecar:
+            image_io.write_json(path.with_suffix(".json"), metadata, overwrite=self.output.overwrite)
+        return Output(str(path), *size, seed, digest, None, metadata)
+
+    def _metadata(self, request: Request) -> dict[str, Any]:
+        attention = attention_summary(self.session.pipe)
+        metadata = build_metadata(
+            request, self.resolved, offload=self.session.offload, attention=attention, source=self.source
+        )
+        return metadata if self.output.prompt_in_metadata else image_io.without_prompt(metadata)
+
+    def _result(self, status: str) -> Result:
+        return Result(
+            status,
+            tuple(self.done),
+            self.resolved.request.to_dict(portable=True),
+            {k: round(v, 3) for k, v in self.timings.items()},
+            peak_memory(self.session.device),
+            attention_summary(self.session.pipe),
+            versions(),
+            tuple(dict.fromkeys(self.warnings)),
+        )
+
+
+def execute(
+    request: Request,
+    output: OutputOptions | None = None,
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    cancel: threading.Event | None = None,
+    loader: Callable[..., Any] | None = None,
+) -> Result:
+    """Run one request from start to end: check everything, estimate, load, make the pictures.
+
+    Raises the error classes of `gensparse.errors`; WontFitError before any weight is loaded.
+    """
+    picture = image_io.read_image(request.image) if isinstance(request, UpscaleRequest) else None
+    check_lora(request.lora)
+    ref = open_model(request)
+    resolved = resolve_request(request, ref.info, picture)
+    output = output or OutputOptions()
+    image_io.check_side(output.image_format, resolved.height, resolved.width)
+    offload, expected = fitting_estimate(resolved)
+    session = Session(
+        ref, device=resolved.device, dtype=resolved.dtype, offload=offload, lora=request.lora, loader=loader
+    )
+    return session.run(resolved, output, picture=picture, on_event=on_event, cancel=cancel, expected=expected)
+
+
+def fitting_estimate(resolved: Resolved) -> tuple[str, Estimate]:
+    """The offload to use and what the request costs with it. Raises WontFitError with advice."""
+    offload, expected = estimate_for(resolved)
+    if not expected.fits:
+        raise WontFitError("; ".join(expected.advice))
+    return offload, expected

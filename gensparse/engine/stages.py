@@ -1,0 +1,80 @@
+"""Finished stages of a picture, kept so that an interrupted run continues and a draft grows."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from gensparse.engine.machine import versions
+from gensparse.engine.values import Resolved
+from gensparse.errors import OutputError
+from gensparse.image_io import Picture
+from gensparse.request import Request
+
+
+class StageCache:
+    """Finished stages of one picture, in memory and in folders: written to the first, read from all.
+
+    Args:
+        folders: where stages lie; the first is written to when `writable`.
+        keep_native: leave the native stage behind when the picture is written, so that a larger run can continue it.
+    """
+
+    def __init__(self, folders: Sequence[Path], *, writable: bool, keep_native: bool) -> None:
+        from gensparse.highres.stage_store import FolderStageStore
+
+        self._stores = [FolderStageStore(folder) for folder in folders]
+        self._writable = writable and bool(folders)
+        self._keep_native = keep_native
+        self._memory: dict[int, Any] = {}
+        self.float32 = False  # hand out float32 latents, as a float32 autoencoder needs them
+
+    def load(self, index: int) -> Any:
+        """The stage's result, or None."""
+        result = self._memory.get(index)
+        for store in self._stores:
+            result = result if result is not None else store.load(index)
+        if result is None or not self.float32:
+            return result
+        return replace(result, latents=result.latents.float())
+
+    def save(self, index: int, result: Any) -> None:
+        """Keep a finished stage. Raises OutputError when the folder cannot be written."""
+        self._memory[index] = result
+        if not self._writable:
+            return
+        folder = self._stores[0].folder
+        try:
+            self._stores[0].save(index, result)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"could not keep stage {index + 1} in {str(folder)!r} ({error}); free space") from error
+
+    def finish(self) -> None:
+        """The picture is written: drop what only an interrupted run would need."""
+        last = max(self._memory, default=0)
+        self._memory.clear()
+        if not self._writable:
+            return
+        with contextlib.suppress(OSError):
+            for index in range(1 if self._keep_native else 0, last + 1):
+                self._stores[0].path(index).unlink(missing_ok=True)
+            if not any(self._stores[0].folder.iterdir()):
+                self._stores[0].folder.rmdir()
+
+
+def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> str:
+    """Name of the folder of a picture's stages: everything that decides its bits except the final size."""
+    import torch
+
+    data = request.replace(size=None).to_dict()
+    for name in request.machine_fields | {"highres", "round", "image"}:
+        data.pop(name, None)
+    data |= {"device": resolved.device, "threads": torch.get_num_threads(), "versions": versions()}
+    data["source"] = source.sha256 if source else None
+    data["size"] = resolved.request.size if source else None
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:24]
