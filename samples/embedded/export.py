@@ -1,0 +1,94 @@
+"""Write the pipeline folder: `python samples/embedded/export.py --run DIR [--out gensparse/embedded/model] [--grid x.png]`."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from PIL import Image
+from text import T5_LENGTH, Captions
+from transformer import Model
+
+NOTES = {
+    "native_size": 256,
+    "max_sequence_length": T5_LENGTH,
+    "position_ids": "centre-aligned scene units: token i at spacing s lies at (i + 0.5) * s - 0.5; spacing 1 at native size",
+    "zooms": [0.5, 1, 2, 4, 8, 16],
+}
+PROMPTS = (
+    "a red circle left of a blue star on a green striped background",
+    "a yellow heart on a purple background",
+    "a teal checkered square above an orange ring on a white plain background",
+    "a large pink flower in the center on a black dotted background",
+    "a white moon right of a brown cross on a blue wavy background",
+    "a green triangle left of a red diamond and above a yellow star on a gray background",
+    "a purple striped circle below a teal plain triangle on a yellow checkered background",
+    "a small black star in the top left corner and a red heart in the bottom right corner on a white background",
+    "a blue dotted ring on an orange background",
+    "a brown square right of a pink moon on a teal striped background",
+    "an orange flower above a blue diamond and left of a green cross on a white wavy background",
+    "a gray heart left of a purple heart on a pink plain background",
+    "a red striped square on a white background",
+    "a black diamond below a white ring on a red dotted background",
+    "a yellow checkered star in the center on a blue background",
+    "a green cross",
+)
+
+
+def pipeline(run: Path) -> FluxPipeline:
+    """The averaged weights of the run's checkpoint as a pipeline, float32."""
+    captions = Captions()
+    model = Model(captions)
+    model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True, mmap=True)["ema"], strict=False)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+        ),
+        vae=AutoencoderTiny.from_pretrained(run / "vae"),
+        text_encoder=model.clip.eval(),
+        tokenizer=captions.clip,
+        text_encoder_2=model.t5.eval(),
+        tokenizer_2=captions.t5,
+        transformer=model.flux.eval(),
+    )
+
+
+def picture_grid(pipe: FluxPipeline, steps: int, guidance: float, height: int = 256, width: int = 256) -> Image.Image:
+    """The fixed prompts, four by four."""
+    pictures = pipe(
+        list(PROMPTS),
+        negative_prompt=[""] * len(PROMPTS),
+        true_cfg_scale=guidance,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        max_sequence_length=T5_LENGTH,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    grid = Image.new("RGB", (4 * width, 4 * height))
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % 4 * width, i // 4 * height))
+    return grid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--grid", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    args = parser.parse_args()
+    pipe = pipeline(args.run)
+    if args.grid:
+        pipe.set_progress_bar_config(disable=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            picture_grid(pipe, args.steps, args.guidance).save(args.grid)
+    if args.out:
+        pipe.to(torch.float16).save_pretrained(args.out)
+        (args.out / "gensparse.json").write_text(json.dumps(NOTES, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

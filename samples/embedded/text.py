@@ -1,0 +1,126 @@
+"""Tokenizers and text encoders of the embedded model, built offline from the grammar."""
+
+import json
+import math
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from gensparse.embedded.scenes import caption, random_scene, vocabulary
+
+CLIP_LENGTH = 40
+T5_LENGTH = 32
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE whose merges, learned from the grammar's words until none is left, make every word one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
+    )
+    tokenizer.train_from_iterator([w for w in vocabulary() for _ in range(2)], trainer)
+    merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
+    tokens = list(dict.fromkeys(tokens)) + [START, END]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=CLIP_LENGTH
+    )
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """Unigram over whole words, lower-casing, with a byte fallback for everything outside the grammar."""
+    counts = Counter(w for s in range(4000) for w in caption(random_scene(s), s).replace(",", " ,").split())
+    total = sum(counts.values())
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -30.0), ("▁", -12.0), (",", -3.0)]
+    pieces += [("▁" + w, math.log(max(counts[w], 1) / total)) for w in vocabulary()]
+    pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=T5_LENGTH,
+        padding_side="right",
+    )
+
+
+def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers of width 96; its pooled output (at the end token) steers the modulation."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=CLIP_LENGTH,
+            projection_dim=96,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def t5_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
+    """Two layers of width 192: the words the transformer attends to."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=192,
+            d_ff=512,
+            d_kv=32,
+            num_heads=6,
+            num_layers=2,
+            dropout_rate=0.0,
+            is_gated_act=True,
+            dense_act_fn="gelu_new",
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def round_trip(tokenizer, cls):
+    """The tokenizer as it will be after loading from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return cls.from_pretrained(Path(folder))
+
+
+class Captions:
+    """Token ids of captions, padded exactly as FluxPipeline pads them."""
+
+    def __init__(self) -> None:
+        self.clip = round_trip(clip_tokenizer(), CLIPTokenizer)
+        self.t5 = round_trip(t5_tokenizer(), PreTrainedTokenizerFast)
+
+    def __call__(self, texts: list[str], t5_length: int = T5_LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+        """(CLIP ids [B, 40], T5 ids [B, t5_length])."""
+        clip = self.clip(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt")
+        t5 = self.t5(texts, padding="max_length", max_length=t5_length, truncation=True, return_tensors="pt")
+        return clip.input_ids, t5.input_ids

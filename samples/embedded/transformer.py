@@ -1,0 +1,251 @@
+"""Train the transformer and its text encoders: `python samples/embedded/transformer.py --run DIR --minutes 80`.
+
+Rectified flow as FluxPipeline samples it: x_s = (1 - s) * latents + s * noise, the network gets s and predicts
+noise - latents. Stages (as shares of the time budget) go from whole pictures of 64 tokens, which are cheap and teach what
+words mean, to the native size, other aspect ratios and close-ups. The learning rate stays up and then falls to zero with
+the wall clock. A checkpoint every few minutes holds everything; starting again continues from it.
+"""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from muon import Muon
+from text import Captions, clip_encoder, t5_encoder
+
+from gensparse.embedded.scenes import caption, random_scene
+
+# share of the time budget after which a mixture holds -> probability of each kind of batch
+STAGES: tuple[tuple[float, dict[str, float]], ...] = (
+    (0.0, {"whole": 1.0}),
+    (0.55, {"native": 0.4, "wide": 0.15, "close": 0.3, "whole": 0.15}),
+)
+BATCH = {"whole": 128, "native": 32, "wide": 32, "close": 32}
+SIGMA = {"whole": (0.2, 1.1), "native": (0.3, 1.1), "wide": (0.3, 1.1), "close": (-0.3, 1.0)}
+EMA_DECAY = 0.998
+
+
+class Model(torch.nn.Module):
+    """The three trained networks."""
+
+    def __init__(self, captions: Captions) -> None:
+        super().__init__()
+        self.clip = clip_encoder(captions.clip)
+        self.t5 = t5_encoder(captions.t5)
+        self.flux = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=32,
+            num_layers=2,
+            num_single_layers=6,
+            attention_head_dim=64,
+            num_attention_heads=3,
+            joint_attention_dim=192,
+            pooled_projection_dim=96,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 28, 28),
+        )
+        zero_modulation(self.flux)
+
+    def forward(self, tokens, sigma, ids, clip_ids, t5_ids):
+        """Velocity [B, N, 32] for noisy tokens at noise level `sigma` [B]; `ids` [N, 3] or per-sample list."""
+        pooled = self.clip(clip_ids).pooler_output
+        words = self.t5(t5_ids)[0]
+        text_ids = torch.zeros(words.shape[1], 3)
+        return self.flux(
+            hidden_states=tokens,
+            timestep=sigma,
+            pooled_projections=pooled,
+            encoder_hidden_states=words,
+            img_ids=ids,
+            txt_ids=text_ids,
+            return_dict=False,
+        )[0]
+
+
+def zero_modulation(flux: FluxTransformer2DModel) -> None:
+    """Start every block as the identity and the output at zero (DiT, Peebles & Xie 2023)."""
+    for name, module in flux.named_modules():
+        if name.endswith((".linear",)) or name == "proj_out":
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks and text layers, AdamW for the rest."""
+    inner, outer = [], []
+    for name, parameter in model.named_parameters():
+        hidden = ("transformer_blocks" in name or "layers" in name or ".block." in name) and ".linear." not in name
+        table = "relative_attention_bias" in name
+        (inner if hidden and parameter.ndim == 2 and not table else outer).append(parameter)
+    return [
+        Muon(inner, lr=2 * lr, weight_decay=0.01),
+        torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True),
+    ]
+
+
+class Pictures:
+    """Shards of one kind; new ones are picked up while training."""
+
+    def __init__(self, folder: Path, kind: str, rng: np.random.Generator) -> None:
+        self.folder, self.kind, self.rng = folder, kind, rng
+        self.shards: list[dict] = []
+        self.seen: set[str] = set()
+
+    def refresh(self) -> int:
+        """Load shards that have appeared; returns how many there are."""
+        for path in sorted(self.folder.glob(f"{self.kind}-[0-9][0-9][0-9].npz")):
+            if path.name not in self.seen:
+                with np.load(path) as data:
+                    shard = {name: data[name] for name in data.files}
+                shard["scenes"] = [random_scene(int(s), float(shard["aspect"])) for s in shard["seeds"]]
+                self.shards.append(shard)
+                self.seen.add(path.name)
+        return len(self.shards)
+
+    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """(latents [B, N, 32], ids [N, 3], captions); pictures of a batch share their position ids."""
+        shard = self.shards[self.rng.integers(len(self.shards))]
+        groups, total = len(shard["ids"]), len(shard["seeds"])
+        group = int(self.rng.integers(groups))
+        size = total // groups
+        picks = group * size + self.rng.choice(size, min(count, size), replace=False)
+        latents = torch.from_numpy(shard["latents"][picks]).float()
+        ids = torch.zeros(latents.shape[1], 3)
+        ids[:, 1:] = torch.from_numpy(shard["ids"][group])
+        return latents, ids, [caption(shard["scenes"][i], int(self.rng.integers(1 << 31))) for i in picks]
+
+
+def velocity_loss(model: Model, captions: Captions, pictures: Pictures, compute: torch.nn.Module) -> torch.Tensor:
+    """Mean squared error of the predicted velocity on one batch, noise levels logit-normal."""
+    latents, ids, words = pictures.batch(BATCH[pictures.kind])
+    clip_ids, t5_ids = captions(words)
+    mean, std = SIGMA[pictures.kind]
+    sigma = torch.sigmoid(torch.randn(len(latents)) * std + mean)
+    noise = torch.randn_like(latents)
+    level = sigma[:, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compute((1 - level) * latents + level * noise, sigma, ids, clip_ids, t5_ids)
+    return F.mse_loss(out.float(), noise - latents)
+
+
+class Run:
+    """Everything a checkpoint holds, and the clock."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.captions = Captions()
+        self.model = Model(self.captions)
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.optimizers = optimizers(self.model, args.lr)
+        self.rng = np.random.default_rng(args.seed)
+        self.step, self.spent = 0, 0.0
+        self.args, self.path = args, args.run / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write the checkpoint beside the old one, then replace it."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            "step": self.step,
+            "spent": self.spent,
+        }
+        partial = self.path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.rename(self.path)
+
+    def load(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema = state["ema"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.rng.bit_generator.state = state["rng"]
+        torch.set_rng_state(state["torch_rng"])
+        self.step, self.spent = state["step"], state["spent"]
+
+    @property
+    def progress(self) -> float:
+        """Share of the time budget spent."""
+        return self.spent / (60 * self.args.minutes)
+
+    def set_rate(self) -> None:
+        """Warm-up over 100 steps, level until `--decay-from` of the budget, then linearly to zero."""
+        factor = min(1, (self.step + 1) / 100, max(0.0, (1 - self.progress) / (1 - self.args.decay_from)))
+        for optimizer, scale in zip(self.optimizers, (2.0, 1.0), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = self.args.lr * scale * factor
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Exponential moving average of the weights, with a warm-up."""
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        parameters = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.ema.values()), parameters, 1 - decay)
+
+
+def mixture(progress: float) -> dict[str, float]:
+    """The kinds of batches at this point of the budget."""
+    return [kinds for start, kinds in STAGES if start <= progress][-1]
+
+
+def train(run: Run) -> None:
+    """Until the budget is spent."""
+    pictures = {kind: Pictures(run.args.run / "latents", kind, run.rng) for kind in BATCH}
+    compute = torch.compile(run.model, dynamic=False) if run.args.compile else run.model
+    last_save = time.time()
+    with (run.args.run / "transformer.csv").open("a", newline="") as handle:
+        writer = csv.writer(handle)
+        while run.progress < 1:
+            start = time.time()
+            if run.step % 50 == 0:
+                ready = {kind for kind, source in pictures.items() if source.refresh()}
+            kinds = {kind: weight for kind, weight in mixture(run.progress).items() if kind in ready}
+            kind = str(run.rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values())))
+            run.set_rate()
+            loss = velocity_loss(run.model, run.captions, pictures[kind], compute)
+            run.model.zero_grad(set_to_none=True)
+            loss.backward()
+            for optimizer in run.optimizers:
+                optimizer.step()
+            run.average()
+            run.step += 1
+            run.spent += time.time() - start
+            writer.writerow([run.step, round(run.spent, 1), kind, round(loss.item(), 5)])
+            if run.step % 20 == 0:
+                handle.flush()
+            if time.time() - last_save > 60 * run.args.save_minutes:
+                run.save()
+                last_save = time.time()
+    run.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=80, help="time budget over all restarts")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; Muon takes twice as much")
+    parser.add_argument(
+        "--decay-from", type=float, default=0.5, help="share of the budget at which the rate starts to fall"
+    )
+    parser.add_argument("--save-minutes", type=float, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    run = Run(args)
+    run.load()
+    train(run)
+
+
+if __name__ == "__main__":
+    main()
