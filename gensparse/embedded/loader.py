@@ -1,12 +1,12 @@
 """Loads the embedded model: a complete FLUX pipeline folder that ships inside the package.
 
 The folder works with plain diffusers too: `FluxPipeline.from_pretrained(embedded_path())`, called with
-`max_sequence_length=32` (the text length it was trained with; FLUX does not mask padding) and `true_cfg_scale` about 3.5
-with an empty negative prompt.
+`max_sequence_length=32` (the text length it was trained with; FLUX does not mask padding) and `true_cfg_scale` about
+3.5 with an empty negative prompt.
 
-Native size: 256 x 256 pixels, 256 tokens. Position ids are scene coordinates in native tokens, centre-aligned: token i of
-a grid with spacing s lies at (i + 0.5) * s - 0.5. Spacing is 1 at the native size and 1/z for a picture z times as large,
-z up to 16; the model has seen close-ups of such pictures. `model/gensparse.json` holds these facts as data.
+Native size: 256 x 256 pixels, 256 tokens. Position ids are scene coordinates in native tokens, centre-aligned: token i
+of a grid with spacing s lies at (i + 0.5) * s - 0.5. Spacing is 1 at the native size and 1/z for a picture z times as
+large, z up to 16; the model has seen close-ups of such pictures. `model/gensparse.json` holds these facts as data.
 """
 
 import difflib

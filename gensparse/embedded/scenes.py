@@ -1,11 +1,11 @@
 """The scene grammar of the embedded model: what a picture contains, how it is said, and how a prompt is read back.
 
-A `Scene` is 1-3 `Subject`s on a background. `random_scene(seed)` draws one, `caption(scene, seed)` says it (with words
-left out now and then), `parse_caption(text)` reads any sentence of the grammar into a `Request`: exactly what was asked,
-which the reader of finished pictures can check.
+A `Scene` is 1-3 `Subject`s on a background. `random_scene(seed)` draws one, `caption(scene, seed)` says it (with
+words left out now and then), `parse_caption(text)` reads any sentence of the grammar into a `Request`: exactly what was
+asked, which the reader of finished pictures can check.
 
-Units: positions are fractions of the picture (0..1, y down). Lengths (radius, texture periods) are scene units, in which
-every picture has area 1: a picture of aspect ratio a = width/height is sqrt(a) wide and 1/sqrt(a) high.
+Units: positions are fractions of the picture (0..1, y down). Lengths (radius, texture periods) are scene units, in
+which every picture has area 1: a picture of aspect ratio a = width/height is sqrt(a) wide and 1/sqrt(a) high.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Train the autoencoder: `python samples/embedded/autoencoder.py --run DIR --minutes 10`.
 
-AutoencoderTiny, 8x, 8 latent channels. Latents are kept at zero mean and unit variance per channel by a loss term; at the
-end the rest is folded into the encoder's last layer, and the decoder alone is tuned to the frozen encoder.
+AutoencoderTiny, 8x, 8 latent channels. Latents are kept at zero mean and unit variance per channel by a loss term; at
+the end the rest is folded into the encoder's last layer, and the decoder alone is tuned to the frozen encoder.
 """
 
 import argparse
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from data import autoencoder_picture, crop_window
 from diffusers import AutoencoderTiny
 from muon import Muon
@@ -66,7 +65,7 @@ def psnr(vae: AutoencoderTiny, pictures: np.ndarray) -> float:
     return float((-10 * errors.log10()).mean())
 
 
-def test_pictures(zoom: float, count: int = 16) -> np.ndarray:
+def held_out(zoom: float, count: int = 16) -> np.ndarray:
     """Fresh pictures: whole at 256 px for zoom 1, whole at 128 px for 0.5, else 128-px close-ups."""
     out = []
     for seed in range(9_000_000, 9_000_000 + count):
@@ -79,7 +78,7 @@ def test_pictures(zoom: float, count: int = 16) -> np.ndarray:
 
 def report(vae: AutoencoderTiny) -> dict[str, float]:
     """PSNR by zoom."""
-    return {f"psnr_{zoom:g}": round(psnr(vae, test_pictures(zoom)), 2) for zoom in (0.5, 1, 2, 4, 8, 16)}
+    return {f"psnr_{zoom:g}": round(psnr(vae, held_out(zoom)), 2) for zoom in (0.5, 1, 2, 4, 8, 16)}
 
 
 def train(vae: AutoencoderTiny, pool: np.ndarray, minutes: float, batch: int, lr: float, log: Path, decoder_only: bool):

@@ -9,7 +9,7 @@ NATIVE = 256  # pixels: side of a square picture of area 1
 
 
 def crop_window(scene: Scene, zoom: float, side: int, rng: np.random.Generator, align: int = 1) -> Window:
-    """Window of `side` x `side` pixels of the rendering `zoom` times the native size, at a random multiple of `align`."""
+    """A window of `side` pixels in the rendering `zoom` times the native size, at a random multiple of `align`."""
     height, width = (round(e * NATIVE * zoom / 16) * 16 for e in scene.extent)
     top = int(rng.integers(0, (height - side) // align + 1)) * align
     left = int(rng.integers(0, (width - side) // align + 1)) * align

@@ -1,12 +1,12 @@
-"""Render and encode training pictures into shards: `python samples/embedded/encode.py --run DIR --kind whole --shards 8`.
+"""Render and encode training pictures: `python samples/embedded/encode.py --run DIR --kind whole --shards 8`.
 
-Kinds: `whole` (128 px whole pictures, 64 tokens), `native` (256 px, 256 tokens), `wide` (other aspect ratios of the same
-area) and `close` (16 x 16 tokens cut from renderings at 2, 4, 8, 16 times the native size). A shard is one .npz file:
-latents [N, tokens, 32] float16, seeds [N], aspect, and position ids [G, tokens, 2] (rows, columns) in scene units, each for
-N / G pictures in turn.
+Kinds: `whole` (128 px whole pictures, 64 tokens), `native` (256 px, 256 tokens), `wide` (other aspect ratios of the
+same area) and `close` (16 x 16 tokens cut from renderings at 2, 4, 8, 16 times the native size). A shard is one .npz
+file: latents [N, tokens, 32] float16, seeds [N], aspect, and position ids [G, tokens, 2] (rows, columns) in scene units,
+each for N / G pictures in turn.
 
-Position ids: one unit is one native token (16 px of a 256 px picture), centre-aligned, so token i of a grid with spacing s
-lies at (i + 0.5) * s - 0.5: spacing 1 at the native size, 2 for whole pictures of 128 px, 1/zoom for close-ups.
+Position ids: one unit is one native token (16 px of a 256 px picture), centre-aligned, so token i of a grid with spacing
+s lies at (i + 0.5) * s - 0.5: spacing 1 at the native size, 2 for whole pictures of 128 px, 1/zoom for close-ups.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def cut_scenes(window: Window, first_seed: int) -> list[int]:
 def close_group(vae: AutoencoderTiny, first_seed: int) -> tuple[torch.Tensor, np.ndarray, list[int]]:
     """(latents, ids, seeds) of one window at one zoom in GROUP scenes.
 
-    Encoded with a margin, so that borders look as they do inside a large picture. One window per group, because FLUX takes
-    one table of position ids per batch.
+    Encoded with a margin, so that borders look as they do inside a large picture. One window per group, because FLUX
+    takes one table of position ids per batch.
     """
     rng = np.random.default_rng([first_seed, 9])
     zoom = int(rng.choice(ZOOMS))

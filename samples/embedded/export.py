@@ -1,4 +1,4 @@
-"""Write the pipeline folder: `python samples/embedded/export.py --run DIR [--out gensparse/embedded/model] [--grid x.png]`."""
+"""Write the pipeline folder: `python samples/embedded/export.py --run DIR --out gensparse/embedded/model`."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from transformer import Model
 NOTES = {
     "native_size": 256,
     "max_sequence_length": T5_LENGTH,
-    "position_ids": "centre-aligned scene units: token i at spacing s lies at (i + 0.5) * s - 0.5; spacing 1 at native size",
+    "position_ids": "centre-aligned scene units: token i at spacing s lies at (i + 0.5) * s - 0.5; 1 at native size",
     "zooms": [0.5, 1, 2, 4, 8, 16],
 }
 PROMPTS = (

@@ -1,7 +1,7 @@
 """Muon (Jordan et al., 2024): momentum whose matrix updates are orthogonalised by a Newton-Schulz iteration.
 
-Matrices and convolution kernels (flattened to [out, in * k * k]) of equal shape are stacked and stepped together. Updates
-are scaled to the size AdamW's would have (0.2 * sqrt(max side), Liu et al., 2025), so learning rates are comparable.
+Matrices and convolution kernels (flattened to [out, in * k * k]) of equal shape are stacked and stepped together.
+Updates are scaled to the size AdamW's would have (0.2 * sqrt(max side), Liu et al., 2025): learning rates compare.
 """
 
 from collections import defaultdict

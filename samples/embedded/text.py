@@ -35,7 +35,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokenizer.train_from_iterator([w for w in vocabulary() for _ in range(2)], trainer)
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
-    tokens = list(dict.fromkeys(tokens)) + [START, END]
+    tokens = [*dict.fromkeys(tokens), START, END]
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=CLIP_LENGTH
     )

@@ -1,9 +1,9 @@
 """Train the transformer and its text encoders: `python samples/embedded/transformer.py --run DIR --minutes 80`.
 
 Rectified flow as FluxPipeline samples it: x_s = (1 - s) * latents + s * noise, the network gets s and predicts
-noise - latents. Stages (as shares of the time budget) go from whole pictures of 64 tokens, which are cheap and teach what
-words mean, to the native size, other aspect ratios and close-ups. The learning rate stays up and then falls to zero with
-the wall clock. A checkpoint every few minutes holds everything; starting again continues from it.
+noise - latents. Stages (as shares of the time budget) go from whole pictures of 64 tokens, which are cheap and teach
+what words mean, to the native size, other aspect ratios and close-ups. The learning rate stays up and then falls to zero
+with the wall clock. A checkpoint every few minutes holds everything; starting again continues from it.
 """
 
 import argparse

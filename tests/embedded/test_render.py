@@ -80,7 +80,7 @@ def test_shapes_fills_and_backgrounds_all_look_different():
 
 def test_circles_stay_round_in_wide_pictures():
     scene = single("circle", aspect=2.0)
-    inside = np.nonzero((render(scene, 100, 200)[..., 1] < 100))
+    inside = np.nonzero(render(scene, 100, 200)[..., 1] < 100)
     height, width = np.ptp(inside[0]), np.ptp(inside[1])
     assert abs(int(height) - int(width)) <= 1
 
