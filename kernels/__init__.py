@@ -1,0 +1,1 @@
+"""Attention kernels: functions of tensors and numbers, without layouts, patterns or plans."""

@@ -1,0 +1,236 @@
+"""One sparse attention call: arguments checked, extra keys made, a backend chosen."""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gensparse.errors import BackendError, ConfigError, LayoutMismatchError
+from gensparse.kernels import halo, partition, plan_loop, reference
+from gensparse.kernels.need import Need
+from gensparse.kernels.pool import pool_keys
+from gensparse.patterns.base import Source
+from gensparse.plan import Plan
+
+logger = logging.getLogger("gensparse")
+
+Sources = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+Result = tuple[Tensor, Tensor | None]
+
+
+class Backend(NamedTuple):
+    """A way to run a plan: its refusal, and its call (q, k, v, plan, groups, key_bias, scale, return_lse)."""
+
+    why_not: Callable[[Need], str | None]
+    run: Callable[..., Result]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    sources: Sources | None = None,
+    groups: Tensor | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention restricted to the pairs of a plan, as one softmax over all keys a query sees.
+
+    Args:
+        q, k, v: [B, S, H, D] with the tokens of the plan's layout; k and v may have fewer heads (a divisor of H).
+        scale: factor of the logits, 1/sqrt(D) by default.
+        key_bias: [B|1, H|1, S] added to the logits (natural units), -inf hides a key; may also cover the extra keys.
+        sources: name of a key source of the plan -> its weights per position in the cell, or its (k, v) tensors.
+            Sources with mean weights are pooled from k and v when absent.
+        groups: integer [B|1, H|1], entry of the pattern menu for every head; needed by plans of PerHead patterns.
+        backend: a name of `BACKENDS`; by default the first without an objection.
+        return_lse: also return the log-sum-exp of every query's logits.
+
+    Returns:
+        out [B, S, H, D] in q.dtype; with `return_lse` also lse fp32 [B, S, H]. Queries that see no key give 0 and -inf.
+
+    Raises:
+        LayoutMismatchError: tensors that do not fit the plan's layout.
+        ConfigError: sources or groups that do not fit the plan.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    _check(q, k, v, plan, groups)
+    plan = plan.to(q.device)
+    if plan.sources:
+        k, v, key_bias = _with_sources(k, v, plan, key_bias, sources)
+    elif sources:
+        raise ConfigError(f"sources={sorted(sources)} are given but the plan has none; leave sources out.")
+    need = _need(q, k, v, plan, key_bias, return_lse)
+    chosen = BACKENDS[backend or _choose(plan, need)] if backend is None else _explicit(backend, need)
+    out, lse = chosen.run(q, k, v, plan, groups, key_bias, scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def explain(plan: Plan, q: Tensor) -> dict[str, str | None]:
+    """Backend -> why it cannot run `plan` on tensors like `q`, None where it can; the first None is chosen."""
+    need = _need(q, q, q, plan, None, False)
+    return {name: backend.why_not(need) for name, backend in BACKENDS.items()}
+
+
+def choose(plan: Plan, q: Tensor) -> str:
+    """Name of the backend that `sparse_attention` takes for `plan` on tensors like `q`."""
+    return _choose(plan, _need(q, q, q, plan, None, False))
+
+
+def _choose(plan: Plan, need: Need) -> str:
+    refusals: list[str] = []
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not(need)
+        if reason is None:
+            _announce(name, plan.pattern.key(), tuple(refusals))
+            return name
+        refusals.append(reason)
+    raise BackendError(" ".join(refusals))
+
+
+def _explicit(name: str, need: Need) -> Backend:
+    if name not in BACKENDS:
+        raise BackendError(f"backend={name!r} is unknown; use one of {', '.join(BACKENDS)}.")
+    reason = BACKENDS[name].why_not(need)
+    if reason is not None:
+        raise BackendError(reason)
+    return BACKENDS[name]
+
+
+@lru_cache(maxsize=256)
+def _announce(name: str, pattern: str, refusals: tuple[str, ...]) -> None:
+    """Log a choice once; the cache remembers what was said."""
+    logger.info("%s runs on %s. %s", pattern, name, " ".join(refusals))
+
+
+def _need(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_bias: Tensor | None, lse: bool) -> Need:
+    tensors = [x for x in (q, k, v, key_bias) if x is not None]
+    return Need(
+        dtype=q.dtype,
+        device=q.device.type,
+        head_dim=q.shape[-1],
+        queries=plan.tokens,
+        keys=plan.keys,
+        density=plan.density,
+        groups=plan.groups,
+        bias=key_bias is not None,
+        lse=lse,
+        grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        refused=plan.refused,
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, groups: Tensor | None) -> None:
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise LayoutMismatchError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; pass [B, S, H, D] with "
+            "equal B and D, and k and v alike."
+        )
+    if q.shape[1] != plan.tokens or k.shape[1] != plan.tokens:
+        raise LayoutMismatchError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys, but the plan's layout has {plan.tokens} tokens; build the "
+            "plan for the tokens of the call."
+        )
+    if q.shape[2] % k.shape[2]:
+        raise LayoutMismatchError(
+            f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads; pass a multiple."
+        )
+    if groups is None and plan.groups > 1:
+        raise ConfigError(
+            f"the plan has a menu of {plan.groups} patterns; pass groups [B|1, H|1] to pick one per head."
+        )
+
+
+def _with_sources(
+    k: Tensor, v: Tensor, plan: Plan, key_bias: Tensor | None, sources: Sources | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k and v with the extra keys appended, and the bias over all of them."""
+    given = dict(sources or {})
+    unknown = sorted(set(given) - {source.name for source in plan.sources})
+    if unknown:
+        names = ", ".join(source.name for source in plan.sources)
+        raise ConfigError(f"sources={unknown} are not in the plan; it has {names}.")
+    made = [_source_keys(k, v, plan, source, given.get(source.name)) for source in plan.sources]
+    bias = _source_bias(k, plan, key_bias)
+    return torch.cat([k, *(keys for keys, _ in made)], 1), torch.cat([v, *(values for _, values in made)], 1), bias
+
+
+def _source_keys(
+    k: Tensor, v: Tensor, plan: Plan, source: Source, given: Tensor | tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    if isinstance(given, tuple):
+        expected = (k.shape[0], source.segment.length, *k.shape[2:])
+        if any(x.shape != expected for x in given):
+            raise ConfigError(f"source {source.name!r} got {[tuple(x.shape) for x in given]}; pass k and v {expected}.")
+        return given
+    if given is None and source.weights != "mean":
+        size = source.cells[0] * source.cells[1] * source.cells[2]
+        raise ConfigError(
+            f"source {source.name!r} needs weights; pass sources={{{source.name!r}: weights}} with {size} entries, or "
+            "its (k, v)."
+        )
+    segment = plan.layout.segments[source.of]
+    start = plan.layout.starts[source.of]
+    own = (x[:, start : start + segment.length] for x in (k, v))
+    pooled = [pool_keys(x, segment.shape, source.cells, given) for x in own]
+    return pooled[0], pooled[1]
+
+
+def _source_bias(k: Tensor, plan: Plan, key_bias: Tensor | None) -> Tensor | None:
+    """The bias over own tokens and sources: key_bias, then ln(tokens in the cell) where a source asks for it."""
+    counted = any(source.bias == "log_count" for source in plan.sources)
+    if key_bias is not None and key_bias.shape[-1] == plan.keys and not counted:
+        return key_bias
+    if key_bias is None and not counted:
+        return None
+    extra = torch.cat([_log_counts(plan, source, k.device) for source in plan.sources])
+    if key_bias is None:
+        return torch.cat([extra.new_zeros(plan.tokens), extra])[None, None]
+    if key_bias.shape[-1] == plan.keys:
+        return torch.cat([key_bias[..., : plan.tokens], key_bias[..., plan.tokens :] + extra], -1)
+    return torch.cat([key_bias, extra.to(key_bias.dtype).expand(*key_bias.shape[:-1], -1)], -1)
+
+
+def _log_counts(plan: Plan, source: Source, device: torch.device) -> Tensor:
+    """ln(tokens in every cell) of a source, or zeros."""
+    if source.bias != "log_count":
+        return torch.zeros(source.segment.length, device=device)
+    grid = plan.layout.segments[source.of].shape
+    counts = [
+        (length - torch.arange(0, length, cell)).clamp_max(cell).float()
+        for length, cell in zip(grid, source.cells, strict=True)
+    ]
+    cells = counts[0][:, None, None] * counts[1][:, None] * counts[2]
+    return cells.log().reshape(-1).to(device)
+
+
+def _run_partition(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
+    works = plan.partition()
+    return partition.attend(q, k, v, works, groups=groups, key_bias=key_bias, scale=scale, return_lse=return_lse)
+
+
+def _run_halo(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
+    return halo.attend(q, k, v, plan.halo(), groups=groups, key_bias=key_bias, scale=scale, return_lse=return_lse)
+
+
+def _run_plan_loop(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
+    return plan_loop.attend(q, k, v, plan.lists, groups=groups, key_bias=key_bias, scale=scale)
+
+
+def _run_reference(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
+    return reference.attend(q, k, v, plan.dense_mask, groups=groups, key_bias=key_bias, scale=scale)
+
+
+BACKENDS: dict[str, Backend] = {
+    "partition": Backend(partition.why_not, _run_partition),
+    "halo": Backend(halo.why_not, _run_halo),
+    "plan_loop": Backend(plan_loop.why_not, _run_plan_loop),
+    "reference": Backend(reference.why_not, _run_reference),
+}

@@ -1,0 +1,252 @@
+"""Plans: a pattern on a layout as integer tensors, built once and shared.
+
+The format is the one the GPU kernels read; lowered forms for the CPU backends are derived from the same rule on first
+use.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from gensparse.errors import ConfigError
+from gensparse.kernels.blocks import Work
+from gensparse.kernels.plan_loop import TileLists
+from gensparse.layout import Grid, Layout
+from gensparse.patterns.base import Pattern, Rule, Source
+from gensparse.plan.lists import GroupLists, TilePairs, list_tiles
+from gensparse.plan.lowering import NotLoweredError, lower_halo, lower_partition
+from gensparse.plan.search import tile_shapes
+from gensparse.plan.tiles import cut_segments
+
+CACHED_PLANS = 32
+Q_TILE, K_TILE = 128, 64
+
+Tile = int | tuple[int, int, int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which key tiles every query tile visits. Immutable; get one from `build_plan`.
+
+    Args:
+        pattern, layout: what it was built from.
+        lists: int32 tensors, see `gensparse.kernels.plan_loop.TileLists`.
+        order: int32 [n_qt], query tiles with the longest list first.
+        q_tile, k_tile: shapes (F, H, W) of the tiles of the target.
+        useful: allowed token pairs of every group.
+        rule: the pattern bound to the layout.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    lists: TileLists
+    order: torch.Tensor
+    q_tile: Grid
+    k_tile: Grid
+    useful: tuple[int, ...]
+    rule: Rule = field(repr=False)
+
+    @property
+    def groups(self) -> int:
+        """Patterns in the menu (PerHead), 1 for a plain pattern."""
+        return self.rule.groups
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Extra keys after the layout's own tokens, in order."""
+        return self.rule.sources
+
+    @cached_property
+    def tokens(self) -> int:
+        """Queries, which are also the keys before the sources."""
+        return self.layout.tokens
+
+    @cached_property
+    def keys(self) -> int:
+        """Keys with all sources."""
+        return sum(segment.length for segment in self.rule.key_segments)
+
+    @cached_property
+    def density(self) -> float:
+        """Allowed pairs / (queries * keys), mean over the groups."""
+        return sum(self.useful) / (len(self.useful) * self.tokens * self.keys)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lists.q_rows.device
+
+    def halo(self) -> tuple[Work, ...] | None:
+        """Per group, tiles with one box of keys each; None where there is no such form (see `refused`)."""
+        return self._halo if isinstance(self._halo, tuple) else None
+
+    def partition(self) -> tuple[Work, ...] | None:
+        """Per group, windows that see only themselves; None where there is no such form (see `refused`)."""
+        return self._partition if isinstance(self._partition, tuple) else None
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """Lowered form -> why this plan has none."""
+        forms = {"partition": self._partition, "halo": self._halo}
+        return {name: form for name, form in forms.items() if isinstance(form, str)}
+
+    @cached_property
+    def dense_mask(self) -> torch.Tensor:
+        """bool [G, Nq, Nk]; raises PlanTooLargeError above a limit."""
+        return torch.from_numpy(self.pattern.dense_mask(self.layout)).to(self.device)
+
+    def stats(self) -> dict[str, Any]:
+        """What the plan costs.
+
+        Returns:
+            tokens; useful_pairs and visited_pairs (mean over groups; visited counts whole tiles); density = useful /
+            (queries * keys with pooled ones); bytes of the tensors; q_tile, k_tile; flop_bound = all pairs / useful and
+            tile_bound = all tile pairs / visited ones, the speed-ups over dense attention that counting allows.
+        """
+        lists = self.lists
+        (n_qt, q_size), (n_kt, k_size) = lists.q_rows.shape, lists.k_rows.shape
+        visited = len(lists.key_tile) / self.groups
+        return {
+            "tokens": self.tokens,
+            "useful_pairs": sum(self.useful) / self.groups if self.groups > 1 else self.useful[0],
+            "visited_pairs": int(visited * q_size * k_size),
+            "density": self.density,
+            "bytes": sum(x.numel() * x.element_size() for x in (*lists, self.order)),
+            "q_tile": self.q_tile,
+            "k_tile": self.k_tile,
+            "flop_bound": 1 / self.density if self.density else float("inf"),
+            "tile_bound": n_qt * n_kt / visited if visited else float("inf"),
+        }
+
+    def simulate(self, q_tile: Tile, k_tile: Tile) -> dict[str, Any]:
+        """`stats()` of the same pattern with other tiles."""
+        return build_plan(self.pattern, self.layout, q_tile=q_tile, k_tile=k_tile).stats()
+
+    def to(self, device: torch.device | str) -> "Plan":
+        """The plan on another device."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved = TileLists(*(x.to(device) for x in self.lists))
+        return replace(self, lists=moved, order=self.order.to(device))
+
+    @cached_property
+    def _halo(self) -> tuple[Work, ...] | str:
+        lists = self.lists
+        tile = lists.q_rows.shape[1] * lists.k_rows.shape[1]
+        visited = (lists.row_ptr[:, -1] - lists.row_ptr[:, 0]).tolist()
+        return self._lowered(lambda group: lower_halo(self.rule, group, visited[group] * tile))
+
+    @cached_property
+    def _partition(self) -> tuple[Work, ...] | str:
+        return self._lowered(lambda group: lower_partition(self.rule, group))
+
+    def _lowered(self, lower: Callable[[int], Work]) -> tuple[Work, ...] | str:
+        try:
+            return tuple(lower(group).to(self.device) for group in range(self.groups))
+        except NotLoweredError as reason:
+            return str(reason)
+
+
+def build_plan(
+    pattern: Pattern,
+    layout: Layout,
+    *,
+    q_tile: Tile = None,
+    k_tile: Tile = None,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """The plan of a pattern on a layout, from a cache of the last `CACHED_PLANS`.
+
+    Args:
+        q_tile, k_tile: tokens of a tile (a power of two from 32 to 256; the shape is then searched), or its shape
+            (F, H, W) on the target. By default 128 queries and 64 keys.
+
+    Raises:
+        ConfigError: a tile that is not allowed, or a setting of the pattern that does not fit the layout.
+        PlanTooLargeError: the lists or masks pass their limits.
+    """
+    return _cached(_Request(pattern.key(), layout, q_tile, k_tile, str(device), pattern))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What identifies a plan; patterns compare by their key."""
+
+    key: str
+    layout: Layout
+    q_tile: Tile
+    k_tile: Tile
+    device: str
+    pattern: Pattern = field(compare=False)
+
+
+@lru_cache(maxsize=CACHED_PLANS)
+def _cached(request: _Request) -> Plan:
+    if torch.device(request.device).type != "cpu":
+        return _cached(replace(request, device="cpu")).to(request.device)
+    q_size, k_size = _tile_size("q_tile", request.q_tile, Q_TILE), _tile_size("k_tile", request.k_tile, K_TILE)
+    rule = request.pattern.bind(request.layout)
+    step = rule.tile_step(rule.layout.target)
+    q_shape, k_shape = _shapes(rule, request, q_size, k_size, step)
+    pairs = TilePairs(
+        cut_segments(rule.layout.segments, q_shape, q_size, step, rule.layout.target),
+        cut_segments(rule.key_segments, k_shape, k_size, step, rule.layout.target),
+        q_size,
+        k_size,
+    )
+    groups = [list_tiles(rule, group, pairs) for group in range(rule.groups)]
+    lists = _tensors(pairs, groups)
+    longest = np.max([group.counts for group in groups], axis=0)
+    order = torch.from_numpy(np.argsort(-longest, kind="stable").astype(np.int32))
+    useful = tuple(group.useful for group in groups)
+    return Plan(request.pattern, request.layout, lists, order, q_shape, k_shape, useful, rule)
+
+
+def _shapes(rule: Rule, request: _Request, q_size: int, k_size: int, step: Grid) -> tuple[Grid, Grid]:
+    q_shape, k_shape = (tile if isinstance(tile, tuple) else None for tile in (request.q_tile, request.k_tile))
+    if q_shape is not None and k_shape is not None:
+        return q_shape, k_shape
+    searched = tile_shapes(rule, q_size, k_size, step)
+    return q_shape or searched[0], k_shape or searched[1]
+
+
+def _tile_size(name: str, tile: Tile, default: int) -> int:
+    """Slots of a tile: a power of two from 32 to 256 that holds the shape."""
+    size = default if tile is None else prod(tile) if isinstance(tile, tuple) else tile
+    slots = max(32, 1 << (size - 1).bit_length()) if isinstance(tile, tuple) and size > 0 else size
+    if isinstance(slots, bool) or slots not in (32, 64, 128, 256):
+        raise ConfigError(
+            f"build_plan {name}={tile!r} is not allowed; pass 32, 64, 128 or 256 tokens, or a shape (F, H, W) of at "
+            "most 256."
+        )
+    return slots
+
+
+def _tensors(pairs: TilePairs, groups: Sequence[GroupLists]) -> TileLists:
+    q_rows = np.concatenate([tiles.rows(pairs.q_size) for tiles in pairs.queries])
+    k_rows = np.concatenate([tiles.rows(pairs.k_size) for tiles in pairs.keys])
+    ends = np.cumsum([0, *(len(group.key_tile) for group in groups)])
+    pointers = [np.cumsum([first, *group.counts]) for first, group in zip(ends, groups, strict=False)]
+    masks, ids = _atlas(groups)
+    words = np.ascontiguousarray(masks).view("<i4")
+    columns = (q_rows, k_rows, np.stack(pointers), np.concatenate([group.key_tile for group in groups]), ids, words)
+    return TileLists(*(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in columns))
+
+
+def _atlas(groups: Sequence[GroupLists]) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of all groups, deduplicated, and the mask ids of all lists."""
+    if len(groups) == 1:
+        return groups[0].masks, groups[0].mask
+    masks = np.concatenate([group.masks for group in groups])
+    firsts = np.cumsum([0, *(len(group.masks) for group in groups)])
+    ids = np.concatenate([np.where(g.mask < 0, -1, g.mask + first) for g, first in zip(groups, firsts, strict=False)])
+    rows = np.ascontiguousarray(masks.reshape(len(masks), -1))
+    if not len(rows):
+        return masks, ids
+    _, first, index = np.unique(rows.view(f"V{rows.shape[1]}").reshape(-1), return_index=True, return_inverse=True)
+    return masks[first], np.where(ids < 0, -1, index.reshape(-1)[np.maximum(ids, 0)])

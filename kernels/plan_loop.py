@@ -1,0 +1,153 @@
+"""Plan loop: the listed key tiles of every query tile, in torch.
+
+It reads the same int32 tensors as the GPU kernels and does what they do, tile lists, bit masks and merged pieces, so it
+is their oracle; and it is the generic CPU path for patterns that no other backend takes. Computed in at least fp32.
+Memory beyond q, k, v and the output: heads-first copies and about 2 x `STEP_BYTES`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import Rows, wants_grad
+from .dense import attend_block
+from .finite import contained
+from .heads import Heads, group_rows, heads_first, heads_last, in_order
+from .merge import merge_lse
+from .need import Need
+
+STEP_BYTES = 1 << 25  # scores, gathered keys and values of one step, 32 MiB (one tile pair of all heads at least)
+
+
+class TileLists(NamedTuple):
+    """The tensors of a plan; all int32.
+
+    Args:
+        q_rows: [n_qt, BM] token of every query slot, -1 for none.
+        k_rows: [n_kt, BN] token of every key slot, -1 for none; extra keys count on after the own tokens.
+        row_ptr: [G, n_qt + 1] first entry of every query tile in the lists below.
+        key_tile: [nnz] listed key tiles, per query tile the full ones first.
+        mask_id: [nnz] row of the atlas, -1 where all keys are valid and visible.
+        atlas: [n_masks, BM, BN // 32]; bit j % 32 of word j // 32: key slot j is visible.
+    """
+
+    q_rows: Tensor
+    k_rows: Tensor
+    row_ptr: Tensor
+    key_tile: Tensor
+    mask_id: Tensor
+    atlas: Tensor
+
+
+def why_not(need: Need) -> str | None:
+    """Why the plan loop cannot serve a call: it always can."""
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: TileLists,
+    *,
+    groups: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by tile lists.
+
+    Args:
+        q, k, v: [B, S, H, D], any strides; k and v may have fewer heads and extra keys at the end.
+        groups: integer [B|1, H|1] picking one of the G lists for every head; not needed when G = 1.
+        key_bias: [B|1, H|1, Nk] added to the logits.
+        scale: factor of the logits, 1/sqrt(D) by default.
+
+    Returns:
+        out [B, Nq, H, D] in q.dtype and lse fp32 [B, Nq, H]. Rows without a key give 0 and -inf.
+    """
+    batch, tokens, count, dim = q.shape
+    factor = dim**-0.5 if scale is None else scale
+    rows = group_rows(groups, len(lists.row_ptr), batch, count)
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        heads = heads_first(q, k, v, key_bias)
+        parts = [_attend_group(heads.take(own), lists, group, tokens, factor) for group, own in enumerate(rows)]
+        out, lse = (in_order(list(part), rows) for part in zip(*parts, strict=True))
+        return heads_last(out, batch), heads_last(lse, batch)
+
+    out, lse = contained(run, q.to(wide), k.to(wide), v.to(wide))
+    return out.to(q.dtype), lse
+
+
+def _attend_group(heads: Heads, lists: TileLists, group: int, tokens: int, scale: float) -> tuple[Tensor, Tensor]:
+    count, _, dim = heads.q.shape
+    out = Rows(heads.q.new_zeros(count, tokens, dim), wants_grad(heads))
+    lse = Rows(heads.q.new_full((count, tokens), float("-inf")), wants_grad(heads))
+    if count:
+        for tiles, entries in _steps(lists, group, _pairs_per_step(heads, lists)):
+            part, total = _attend_tiles(heads, lists, tiles, entries, scale)
+            index = lists.q_rows[tiles].reshape(-1)
+            valid = torch.nonzero(index >= 0).reshape(-1)
+            index = index[valid].long()
+            out.put(index, part.flatten(1, 2)[:, valid])
+            lse.put(index, total.flatten(1)[:, valid])
+    return out.result(), lse.result()
+
+
+def _attend_tiles(
+    heads: Heads, lists: TileLists, tiles: Tensor, pieces: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [heads, n, BM, D] and lse [heads, n, BM] of query tiles over all pieces of their lists."""
+    rows = lists.q_rows[tiles].clamp_min(0).long()
+    q = heads.q.index_select(1, rows.reshape(-1)).unflatten(1, rows.shape)
+    out, lse = _attend_piece(heads, lists, q, pieces[0], scale)
+    for entries in pieces[1:]:
+        more, total = _attend_piece(heads, lists, q, entries, scale)
+        out, lse = merge_lse(torch.stack([out, more]), torch.stack([lse, total]))
+    return out, lse
+
+
+def _attend_piece(heads: Heads, lists: TileLists, q: Tensor, entries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The query tiles q [heads, n, BM, D] against the list entries [n, c]."""
+    rows = lists.k_rows[lists.key_tile[entries].long()].flatten(1).clamp_min(0).long()
+    k, v = (x.index_select(1, rows.reshape(-1)).unflatten(1, rows.shape) for x in (heads.k, heads.v))
+    bias = _additive(lists, entries, q.dtype)
+    if heads.bias is not None:
+        own = heads.bias.index_select(1, rows.reshape(-1)).unflatten(1, rows.shape)[:, :, None]
+        bias = own if bias is None else own + bias
+    return attend_block(q, k, v, bias, scale, lse=True, may_hide=True)
+
+
+def _additive(lists: TileLists, entries: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """0 and -inf [n, BM, c * BN] from the bit masks of list entries [n, c], or None when all are full."""
+    ids = lists.mask_id[entries].long()
+    if bool((ids < 0).all()):
+        return None
+    words = lists.atlas[ids.clamp_min(0)]
+    bits = (words[..., None] >> torch.arange(32, device=words.device, dtype=words.dtype)) & 1
+    seen = bits.flatten(-2).bool() | (ids < 0)[:, :, None, None]
+    zero = torch.zeros((), dtype=dtype, device=words.device)
+    return zero.where(seen, float("-inf")).transpose(1, 2).flatten(2)
+
+
+def _steps(lists: TileLists, group: int, limit: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Query tiles [n] with equally long lists, and their list entries in pieces [n, c] of at most `limit` in all."""
+    pointer = lists.row_ptr[group].long()
+    counts = pointer.diff()
+    for length in torch.unique(counts).tolist():
+        if length == 0:
+            continue
+        tiles = torch.nonzero(counts == length).reshape(-1)
+        for batch in tiles.split(max(1, limit // length)):
+            entries = pointer[batch][:, None] + torch.arange(length, device=pointer.device)
+            yield batch, list(entries.split(limit, dim=1))
+
+
+def _pairs_per_step(heads: Heads, lists: TileLists) -> int:
+    """Tile pairs that fit one step: scores three times (logits, weights, mask) and gathered keys and values."""
+    queries, keys = lists.q_rows.shape[1], lists.k_rows.shape[1]
+    each = heads.q.element_size() * (3 * queries * keys + 2 * keys * heads.q.shape[2])
+    return max(1, STEP_BYTES // (len(heads.q) * each))
