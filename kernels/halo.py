@@ -23,7 +23,7 @@ class TileClass:
         q_start, k_start: int64 [n], index of the first query and of the first key of every tile.
         q_offset, k_offset: int64 [tq], [tk], distance of the others from it.
         shared: int64 [ts], keys every tile sees (text, pooled), counted after the box's.
-        additive: fp32 [tq, tk + ts] with 0 for visible and -inf for hidden pairs, or None when all are visible.
+        mask: bool [tq, tk], visible pairs inside the box, or None when all are visible.
         hides: whether some query of the tile sees none of its keys.
     """
 
@@ -32,7 +32,7 @@ class TileClass:
     k_start: Tensor
     k_offset: Tensor
     shared: Tensor
-    additive: Tensor | None
+    mask: Tensor | None
     hides: bool = False
 
     @property
@@ -47,7 +47,11 @@ class TileClass:
         return queries, keys
 
     def bias(self) -> tuple[Tensor | None, bool]:
-        return self.additive, self.hides
+        if self.mask is None:
+            return None, False
+        additive = self.mask.new_zeros(self.sizes[1:], dtype=torch.float32)
+        additive[:, : len(self.k_offset)].masked_fill_(~self.mask, float("-inf"))
+        return additive, self.hides
 
     def to(self, device: torch.device) -> "TileClass":
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})

@@ -23,7 +23,7 @@ from gensparse.plan.tiles import SegmentTiles, raster, slot_coords
 
 HALO_SIZES = (16, 32, 64, 128, 256)  # queries of a tile
 QUERY_OVERHEAD = 24  # queries' worth of time that fetching one key costs
-MASK_LIMIT = 64 << 20  # bytes of additive masks
+MASK_LIMIT = 64 << 20  # bytes of masks
 WASTE_LIMIT = 4.0  # pairs in the key boxes per pair that the tile lists visit
 WINDOW_SIZES = 32  # different sizes of windows
 
@@ -198,8 +198,6 @@ def _tile_class(
     k_position = _box_positions(lo[one], size[one], step)
     queries = Coords(np.full((len(q_position), 1), tiles.number), q_position[:, None])
     seen = rule.allowed(queries, Coords(np.full((1, len(k_position)), tiles.number), k_position[None]), group)
-    additive = np.zeros((len(q_position), len(k_position) + len(shared)), np.float32)
-    additive[:, : len(k_position)][~seen] = -np.inf
     q_index, k_index = raster(q_position, grid), raster(k_position, grid)
     return TileClass(
         q_start=torch.from_numpy(start + raster(tiles.boxes.lo[own], grid)),
@@ -207,7 +205,7 @@ def _tile_class(
         k_start=torch.from_numpy(start + raster(lo[own], grid)),
         k_offset=torch.from_numpy(k_index - k_index[0] if len(k_index) else k_index),
         shared=torch.from_numpy(shared),
-        additive=None if seen.all() else torch.from_numpy(additive),
+        mask=None if seen.all() else torch.from_numpy(seen),
         hides=not len(shared) and not seen.any(axis=1).all(),
     )
 
@@ -224,7 +222,7 @@ def _non_empty(boxes: Boxes) -> Boxes:
 
 
 def _check_masks(sizes: Iterable[int]) -> None:
-    total = 4 * int(sum(sizes))
+    total = int(sum(sizes))
     if total > MASK_LIMIT:
         raise NotLoweredError(f"its tiles need {total >> 20} MiB of masks (at most {MASK_LIMIT >> 20}); use plan_loop.")
 
