@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 _ATTACHMENT = "_gensparse"
 _DENOISERS = ("transformer", "transformer_2", "unet")
+_RECENT = 4  # layouts whose plan a model keeps at hand; a run alternates between two at most
 
 
 def apply(
@@ -180,7 +181,8 @@ class Attachment:
         self.slot, self.clock, self.memo = CallSlot(), Clock(), TensorMemo()
         self.sites = [Site(name, self.slot, pinned.get(i)) for i, name in enumerate(self.modules)]
         self.tally = Tally(self.sites)
-        self._prepared: tuple[Layout, torch.device, Call] | None = None
+        self._calls: dict[tuple[Layout, torch.device], Call] = {}
+        self.plan: Plan | None = None
         self._hook: Any = None
         self._warned = False
 
@@ -188,11 +190,6 @@ class Attachment:
     def active(self) -> bool:
         """Whether this is the attachment on its model."""
         return _attachment(self.model) is self
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the last sparse call."""
-        return None if self._prepared is None else self._prepared[2].plan
 
     @property
     def backend(self) -> str | None:
@@ -235,6 +232,7 @@ class Attachment:
         make_sparse(processor)
         return processor
 
+    @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: decide what its sites do in this call."""
         self.tally.collect()
@@ -273,18 +271,19 @@ class Attachment:
         return Call(None, reason=reason)
 
     def _sparse(self, layout: Layout, device: torch.device) -> Call:
-        prepared = self._prepared
-        if prepared is not None and prepared[:2] == (layout, device):
-            return prepared[2]
-        method = self.settings.method
-        plan = build_plan(method.pattern(layout), layout, device=device)
-        gain = method.logit_gain(layout, self.native_tokens)
-        call = Call(plan, layout.tokens, gain=gain, strict=self.settings.strict)
-        self._prepared = (layout, device, call)
+        call = self._calls.get((layout, device))
+        if call is None:
+            method = self.settings.method
+            plan = build_plan(method.pattern(layout), layout, device=device)
+            gain = method.logit_gain(layout, self.native_tokens)
+            call = Call(plan, layout.tokens, gain=gain, strict=self.settings.strict)
+            recent = list(self._calls.items())[1 - _RECENT :]
+            self._calls = {**dict(recent), (layout, device): call}
+        self.plan = call.plan
         return call
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_calls": {}, "plan": None}
 
 
 def _models(pipe_or_model: Any) -> list[nn.Module]:

@@ -34,23 +34,26 @@ class Family(Protocol):
 
 
 class TensorMemo:
-    """Keeps what was computed from the last tensor, so that a device tensor is read once per run, not once per step.
+    """Keeps what was computed from the last few tensors, so that ids on a device are read once per run, not per step.
 
     An entry counts only for the very same, unmodified tensor object: an equal address or shape is no proof, since a
     freed address is soon used again and 8x6 tokens have the shape of 6x8.
     """
 
+    SIZE = 4
+
     def __init__(self) -> None:
-        self._entry: tuple[weakref.ref[torch.Tensor], int, Any] | None = None
+        self._entries: tuple[tuple[weakref.ref[torch.Tensor], int, Any], ...] = ()
 
     def get(self, tensor: "torch.Tensor", compute: "Callable[[torch.Tensor], T]") -> T:
-        """`compute(tensor)`, from memory when the tensor is the one of the last call."""
+        """`compute(tensor)`, from memory when the tensor is one of the last."""
         version = 0 if tensor.is_inference() else tensor._version
-        entry = self._entry
-        if entry is not None and entry[0]() is tensor and entry[1] == version:
-            return entry[2]
+        entries = self._entries
+        for source, seen, value in entries:
+            if source() is tensor and seen == version:
+                return value
         value = compute(tensor)
-        self._entry = (weakref.ref(tensor), version, value)
+        self._entries = ((weakref.ref(tensor), version, value), *entries[: self.SIZE - 1])
         return value
 
     def __reduce__(self) -> tuple[type["TensorMemo"], tuple[()]]:

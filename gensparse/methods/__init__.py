@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gensparse.errors import ConfigError
-from gensparse.methods.base import Method, unknown
+from gensparse.errors import ConfigError, unknown_name
+from gensparse.methods.base import Method
 from gensparse.methods.clear import Clear
 from gensparse.methods.neighborhood import Neighborhood
 from gensparse.methods.sliding_window import SlidingWindow
@@ -25,7 +25,7 @@ def method_class(name: Any) -> type[Method]:
         ConfigError: no method of that name; the nearest one is suggested.
     """
     if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError(unknown("method", name, sorted(METHODS)))
+        raise ConfigError(unknown_name("method", str(name), METHODS))
     return METHODS[name]
 
 

@@ -3,10 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
-from gensparse.errors import ConfigError
+from gensparse.errors import ConfigError, unknown_name
 from gensparse.layout import Layout
 from gensparse.patterns import Pattern
 
@@ -60,7 +59,7 @@ class Method(ABC):
         known = [field.name for field in fields(chosen)]
         for key in settings:
             if key not in known:
-                raise ConfigError(unknown(f"setting of {chosen.name}", key, known))
+                raise ConfigError(unknown_name(f"setting of {chosen.name}", str(key), known))
         return chosen(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
 
     @classmethod
@@ -71,10 +70,3 @@ class Method(ABC):
         if not issubclass(chosen, cls):
             raise ConfigError(f"method={name!r} is not {cls.__name__}; read it with Method.from_dict.")
         return chosen
-
-
-def unknown(what: str, name: Any, known: list[str]) -> str:
-    """Sentence for a name that does not exist, with the nearest one that does."""
-    near = get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]!r}? Allowed are" if near else "allowed are"
-    return f"{name!r} is not a {what}; {hint} {', '.join(known)}."

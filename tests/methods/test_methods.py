@@ -1,0 +1,202 @@
+"""Methods: settings, their text and dict forms, and the patterns they give."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gensparse import methods
+from gensparse.errors import ConfigError
+from gensparse.layout import Layout
+from gensparse.methods import METHODS, Clear, Method, Neighborhood, SlidingWindow, as_method, parse_method
+
+EXAMPLES = [
+    Clear(),
+    Clear(radius=8, down_factor=4, proportional=True),
+    Neighborhood(),
+    Neighborhood(window=(12, 7), stride=(4, 1), dilation=2, causal=(True, False)),
+    Neighborhood(window=5),
+    SlidingWindow(),
+    SlidingWindow(radius=(2, 5)),
+]
+
+
+@pytest.mark.parametrize("method", EXAMPLES, ids=repr)
+def test_dict_round_trip_through_json_gives_an_equal_method(method: Method) -> None:
+    data = json.loads(json.dumps(method.to_dict()))
+    assert data["method"] == method.name
+    assert data["version"] == 1
+    assert Method.from_dict(data) == type(method).from_dict(data) == as_method(data) == method
+    assert hash(Method.from_dict(data)) == hash(method)
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("clear", Clear()),
+        (" clear : radius=16 ", Clear(radius=16)),
+        ("clear:radius=8,down_factor=4,proportional=true", Clear(8, 4, True)),
+        ("neighborhood:window=80x80,stride=16x16", Neighborhood((80, 80), (16, 16))),
+        ("neighborhood:window=7,causal=false", Neighborhood(window=7)),
+        ("sliding_window:radius=2x5", SlidingWindow((2, 5))),
+    ],
+)
+def test_text_form_is_read(text: str, method: Method) -> None:
+    assert parse_method(text) == as_method(text) == method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_names_are_those_of_class_file_and_registry(name: str) -> None:
+    cls = METHODS[name]
+    assert cls.name == name
+    assert cls.__module__ == f"gensparse.methods.{name}"
+    assert getattr(methods, cls.__name__) is cls
+    assert parse_method(name) == cls()
+
+
+@pytest.mark.parametrize("value", [0, -3, True, 2.5, math.nan, "4", None])
+@pytest.mark.parametrize(
+    ("cls", "setting"),
+    [
+        (Clear, "radius"),
+        (Clear, "down_factor"),
+        (SlidingWindow, "radius"),
+        (Neighborhood, "stride"),
+        (Neighborhood, "dilation"),
+    ],
+)
+def test_bad_numbers_are_refused_with_setting_and_value(cls: type[Method], setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{setting}={value!r}"):
+        cls(**{setting: value})
+
+
+@pytest.mark.parametrize("value", [0, -3, True, 2.5, "4", (3, 0), (1, 2, 3, 4), ()])
+def test_bad_windows_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="window"):
+        Neighborhood(window=value)
+
+
+def test_stride_above_the_window_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stride"):
+        Neighborhood(window=4, stride=5)
+
+
+@pytest.mark.parametrize("value", [1, "true", None])
+def test_bad_flags_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="proportional"):
+        Clear(proportional=value)
+    with pytest.raises(ConfigError, match="causal"):
+        Neighborhood(causal=value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("claer", "did you mean clear"),
+        ("", "unknown method"),
+        ("clear:raduis=3", "did you mean radius"),
+        ("clear:radius", "not a setting"),
+        ("clear:radius=", "not a setting"),
+        ("clear:radius=1,radius=2", "only once"),
+        ("clear:method=neighborhood", "only once"),
+        ("clear:version=2", "only once"),
+        ("clear:radius=abc", "radius='abc'"),
+        ("clear:radius=1.5", "radius=1.5"),
+        ("clear:radius=-2", "radius=-2"),
+        ("neighborhood:window=8xabc", "window"),
+    ],
+)
+def test_bad_text_is_refused_with_what_is_allowed(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_method(text)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"method": "clear", "version": 2}, "version=2"),
+        ({"method": "clear", "colour": 1}, "colour"),
+        ({"method": ["clear"]}, "unknown method"),
+        ({"radius": 3}, "unknown method"),
+    ],
+)
+def test_bad_dicts_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Method.from_dict(data)
+
+
+def test_a_class_reads_only_its_own_method() -> None:
+    assert Clear.from_dict({"radius": 3}) == Clear(3)
+    with pytest.raises(ConfigError, match="is not Clear"):
+        Clear.from_dict({"method": "neighborhood"})
+
+
+@pytest.mark.parametrize("thing", [None, 3, Clear, ("clear",)])
+def test_other_things_are_no_methods(thing: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a method"):
+        as_method(thing)
+
+
+GRIDS = [(5, 7), (1, 1), (1, 6), (9, 1), (3, 3)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("method", [*EXAMPLES, Clear(100), Neighborhood(7, 3, 2), SlidingWindow(300)], ids=repr)
+def test_windows_are_clamped_to_any_grid_and_text_sees_and_is_seen(method: Method, grid: tuple[int, int]) -> None:
+    layout = Layout.image(*grid, text=3)
+    mask = method.pattern(layout).dense_mask(layout)
+    assert mask[:, :, :3].all()
+    assert mask[:, :3, : layout.tokens].all()
+    own = np.arange(layout.tokens)
+    assert mask[:, own, own].all()
+
+
+@pytest.mark.parametrize("method", [Clear(100), Neighborhood(100), SlidingWindow(100)], ids=repr)
+def test_window_over_the_grid_is_dense(method: Method) -> None:
+    layout = Layout.image(5, 7, text=3)
+    assert method.pattern(layout).dense_mask(layout).all()
+
+
+def test_clear_is_a_strict_disc_and_sliding_window_a_closed_box() -> None:
+    layout = Layout.image(9, 9)
+    rows, columns = np.indices((9, 9)).reshape(2, -1)
+    dy, dx = np.subtract.outer(rows, rows), np.subtract.outer(columns, columns)
+    assert (Clear(3).pattern(layout).dense_mask(layout)[0] == (dy**2 + dx**2 < 9)).all()
+    box = SlidingWindow((2, 3)).pattern(layout).dense_mask(layout)[0]
+    assert (box == ((abs(dy) <= 2) & (abs(dx) <= 3))).all()
+
+
+def test_neighborhood_rows_have_a_constant_number_of_keys() -> None:
+    layout = Layout.image(8, 9)
+    mask = Neighborhood(window=(3, 5)).pattern(layout).dense_mask(layout)[0]
+    assert (mask.sum(1) == 15).all()
+
+
+def test_clear_with_pooling_adds_cells_that_only_the_picture_sees() -> None:
+    layout = Layout.image(8, 12, text=3)
+    mask = Clear(radius=2, down_factor=4).pattern(layout).dense_mask(layout)[0]
+    assert mask.shape == (99, 99 + 6)
+    assert mask[3:, 99:].all()
+    assert not mask[:3, 99:].any()
+
+
+@pytest.mark.parametrize(("down_factor", "factor"), [(1, 1), (4, 10)])
+def test_proportional_gain_follows_the_published_formula(down_factor: int, factor: int) -> None:
+    layout, head_dim = Layout.image(128, 64, text=512), 128
+    gain = Clear(16, down_factor, True).logit_gain(layout, 4096)
+    published = math.sqrt(math.log(factor * (512 + 128 * 64)) / math.log(64**2 + 512) / head_dim)
+    assert gain / math.sqrt(head_dim) == pytest.approx(published, rel=1e-12)
+    assert Clear(16, down_factor).logit_gain(layout, 4096) == 1.0
+
+
+def test_proportional_without_a_known_training_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="training size"):
+        Clear(proportional=True).logit_gain(Layout.image(4, 4), None)
+
+
+@pytest.mark.parametrize("method", EXAMPLES, ids=repr)
+def test_reference_pictures_are_a_reason_to_stay_dense(method: Method) -> None:
+    assert method.why_not(Layout.image(4, 4, text=2)) is None
+    assert "reference" in (method.why_not(Layout.joint((1, 4, 4), references=[(1, 2, 2)])) or "")

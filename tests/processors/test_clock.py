@@ -1,0 +1,31 @@
+"""Steps of a run counted from timesteps."""
+
+import torch
+
+from gensparse.processors.clock import Clock
+
+
+def steps(clock: Clock, timesteps: list[float]) -> list[int]:
+    return [clock.tick(t) for t in timesteps]
+
+
+def test_equal_timesteps_share_a_step() -> None:
+    assert steps(Clock(), [1.0, 1.0, 0.5, 0.5, 0.25]) == [0, 0, 1, 1, 2]
+
+
+def test_a_jump_up_starts_a_new_run() -> None:
+    assert steps(Clock(), [1.0, 0.5, 0.1, 1.0, 0.5]) == [0, 1, 2, 0, 1]
+
+
+def test_restart_starts_a_new_run_below_the_last_timestep() -> None:
+    clock = Clock()
+    assert steps(clock, [1.0, 0.8]) == [0, 1]
+    clock.restart()
+    assert steps(clock, [0.6, 0.4]) == [0, 1]
+
+
+def test_tensors_of_any_shape_count_by_their_largest_value() -> None:
+    clock = Clock()
+    first = [torch.tensor(900), torch.full((2,), 900.0), torch.tensor([[0.0, 900.0], [900.0, 900.0]])]
+    assert [clock.tick(t) for t in first] == [0, 0, 0]
+    assert clock.tick(torch.tensor([700, 0])) == 1
