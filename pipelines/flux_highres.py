@@ -76,7 +76,7 @@ EXAMPLE_DOC_STRING = """
 CONFIG_FILE = "gensparse.json"
 PATCH = 2  # latent pixels per token and axis
 UNTILED_AREA = 1024 * 1024  # pixels up to which vae_tile="auto" decodes in one piece
-AUTO_TILE = 512
+AUTO_TILE, AUTO_TILE_CPU = 1024, 256  # small tiles stay in a CPU's cache
 DENSE_BELOW = 8192  # tokens up to which attention="auto" stays dense, unless the model's config says otherwise
 PROPORTIONAL = ("ntk10", "imax_clip")  # position rules published together with proportional attention
 
@@ -661,7 +661,8 @@ class FluxHighresPipeline(FluxPipeline):
         if vae_tile == "feather":
             return 1024, "feather"
         if vae_tile == "auto":
-            return AUTO_TILE, "exact" if vae_tiles.supports_exact(self.vae) else "feather"
+            tile = AUTO_TILE_CPU if self._execution_device.type == "cpu" else AUTO_TILE
+            return tile, "exact" if vae_tiles.supports_exact(self.vae) else "feather"
         return int(vae_tile), "exact"
 
     def _raw_latents(self, result: StageResult) -> torch.Tensor:

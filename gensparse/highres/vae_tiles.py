@@ -26,6 +26,7 @@ Strips = Iterator[tuple[int, torch.Tensor]]
 Reader = Callable[[Span, Span], torch.Tensor]
 
 DEFAULT_MAP_BYTES = 1 << 30
+CUT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,16 @@ def run_tile(
     for layer, shape in zip(reversed(layers), reversed(shapes[:-1]), strict=True):
         wanted.append(tuple(layer.needs(span, n) for span, n in zip(wanted[-1], shape, strict=True)))
     wanted.reverse()
-    state = source.read(*wanted[0])
+    state = tuple(_fast_order(t) for t in source.read(*wanted[0]))
     for k, layer in enumerate(layers):
         state = layer.run(state, *norms.get(k + offset, (None, None)))
         state = _crop(state, layer, wanted[k], wanted[k + 1])
     return state
+
+
+def _fast_order(x: torch.Tensor) -> torch.Tensor:
+    """On CPUs convolutions run up to twice as fast with channels last; the order then stays through all layers."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _crop(state: State, layer: Layer, have: tuple[Span, Span], want: tuple[Span, Span]) -> State:
@@ -230,14 +236,6 @@ def _crop(state: State, layer: Layer, have: tuple[Span, Span], want: tuple[Span,
         first = start * layer.up // layer.down
         slices.append(slice(low - first, high - first))
     return tuple(t[..., slices[0], slices[1]] for t in state)
-
-
-def _tiles(shape: tuple[int, int], tile: int) -> Iterator[tuple[Span, list[Span]]]:
-    """Rows of tiles: (row span, column spans), each `tile` wide but the last."""
-    height, width = shape
-    cols = [(x, min(x + tile, width)) for x in range(0, width, tile)]
-    for top in range(0, height, tile):
-        yield (top, min(top + tile, height)), cols
 
 
 class _Moments:
@@ -269,82 +267,89 @@ class _Moments:
         return tuple(t.float().reshape(1, -1, 1, 1) for t in (scale, shift))
 
 
-def _settle(
-    layers: Sequence[Layer], source: Map | Source, tile: int, map_bytes: int, device: torch.device
-) -> tuple[Map | Source, int, Norms]:
-    """Gather every norm's statistics; returns the latest stored map, its layer index and all norms.
+class _Walk:
+    """One network on one sample: the latest stored map, where it lies in the network, and the norms known so far."""
 
-    A map is stored when it fits in `map_bytes`; else later passes start again from the last stored one. That bounds the
-    memory and costs time only in the widest layers of large pictures.
-    """
-    norms: Norms = {}
-    start = 0
-    for stop, layer in enumerate(layers):
-        if layer.norm is None and not layer.whole:
-            continue
-        moments = _Moments(layer.norm.num_groups) if layer.norm is not None else None
-        source, start = _advance(layers, norms, source, start, stop, tile, map_bytes, moments, device)
-        if layer.norm is not None and moments is not None:
-            norms[stop] = moments.affine(layer.norm)
-        if layer.whole:
-            assert isinstance(source, Map)
-            everything = source.read((0, source.shape[0]), (0, source.shape[1]))
-            source, start = Map(_to(layer.run(everything, None, None), source.tensors[0].device), device), stop + 1
-    return source, start, norms
+    def __init__(
+        self, layers: Sequence[Layer], source: Map | Source, tile: int, map_bytes: int, device: torch.device
+    ) -> None:
+        self.layers, self.source, self.start = layers, source, 0
+        self.tile, self.map_bytes, self.device = tile, map_bytes, device
+        self.picture = max(height for height, _ in lengths(layers, source.shape))
+        self.norms: Norms = {}
 
+    def strips(self) -> Strips:
+        """The result, (first row, strip [1, C, rows, W]) from top to bottom."""
+        self._settle()
+        part, strip = self.layers[self.start :], None
+        shape = lengths(part, self.source.shape)[-1]
+        for rows, columns in self._tiles(shape):
+            for cols in columns:
+                piece = run_tile(part, self.norms, self.source, rows, cols, offset=self.start)[0]
+                if cols[0] == 0:
+                    strip = piece.new_empty(1, piece.shape[1], rows[1] - rows[0], shape[1])
+                strip[..., slice(*cols)] = piece
+            yield rows[0], strip
 
-def _advance(
-    layers: Sequence[Layer],
-    norms: Norms,
-    source: Map | Source,
-    start: int,
-    stop: int,
-    tile: int,
-    map_bytes: int,
-    moments: _Moments | None,
-    device: torch.device,
-) -> tuple[Map | Source, int]:
-    """Run layers start..stop over all tiles; count `moments` on the way and store the map if it fits."""
-    part = layers[start:stop]
-    shape = lengths(part, source.shape)[-1]
-    store: list[torch.Tensor] | None = None
-    for number, (rows, cols) in enumerate((r, c) for r, spans in _tiles(shape, tile) for c in spans):
-        state = run_tile(part, norms, source, rows, cols, offset=start)
-        if moments is not None:
-            moments.add(state[0])
-        if number == 0:
-            store = _allocate(state, shape, map_bytes if not layers[stop].whole else None)
-        for whole, piece in zip(store or (), state, strict=False):
-            whole[..., slice(*rows), slice(*cols)] = piece
-    return (source, start) if store is None else (Map(tuple(store), device), stop)
+    def _settle(self) -> None:
+        """Gather every norm's statistics, and store maps on the way.
+
+        A map is stored when it fits in `map_bytes`; else later passes start again from the last stored one. That
+        bounds the memory and costs time only in the widest layers of large pictures. Small maps are also stored where
+        the resolution changes, since halos of many layers add up across resolutions.
+        """
+        for stop, layer in enumerate(self.layers):
+            if layer.whole:
+                self._advance(stop, None)
+                self._run_whole(layer)
+            elif layer.norm is not None:
+                moments = _Moments(layer.norm.num_groups)
+                self._advance(stop, self.map_bytes, moments)
+                self.norms[stop] = moments.affine(layer.norm)
+            elif stop > self.start and (layer.up > 1 or self.layers[stop - 1].down > 1):
+                self._advance(stop, min(self.map_bytes, CUT_BYTES))
+
+    def _advance(self, stop: int, limit: int | None, moments: _Moments | None = None) -> None:
+        """Run up to layer `stop` over all tiles, count `moments` there, and store that map if it fits in `limit`."""
+        part = self.layers[self.start : stop]
+        shape = lengths(part, self.source.shape)[-1]
+        store: list[torch.Tensor] | None = None
+        for number, (rows, cols) in enumerate((r, c) for r, columns in self._tiles(shape) for c in columns):
+            state = run_tile(part, self.norms, self.source, rows, cols, offset=self.start)
+            if number == 0:
+                store = _allocate(state, shape, limit)
+                if store is None and moments is None:
+                    return
+            if moments is not None:
+                moments.add(state[0])
+            for whole, piece in zip(store or (), state, strict=store is not None):
+                whole[..., slice(*rows), slice(*cols)] = piece
+        if store is not None:
+            self.source, self.start = Map(tuple(store), self.device), stop
+
+    def _run_whole(self, layer: Layer) -> None:
+        height, width = self.source.shape
+        state = layer.run(self.source.read((0, height), (0, width)), None, None)
+        self.source, self.start = Map(tuple(t.cpu() for t in state), self.device), self.start + 1
+
+    def _tiles(self, shape: tuple[int, int]) -> Iterator[tuple[Span, list[Span]]]:
+        """Rows of tiles of a map: (row span, column spans).
+
+        A tile of the picture shrinks with the map, but not below 128: halos weigh more on coarse maps.
+        """
+        height, width = shape
+        side = min(self.tile, max(128, self.tile * height // self.picture))
+        columns = [(x, min(x + side, width)) for x in range(0, width, side)]
+        for top in range(0, height, side):
+            yield (top, min(top + side, height)), columns
 
 
 def _allocate(state: State, shape: tuple[int, int], limit: int | None) -> list[torch.Tensor] | None:
-    """Empty maps on the CPU (or where the state is, if that is the CPU) for all of `state`; None beyond `limit`."""
+    """Empty maps on the CPU for all of `state` at full size; None beyond `limit` bytes."""
     size = sum(t.shape[1] * t.element_size() for t in state) * shape[0] * shape[1]
     if limit is not None and size > limit:
         return None
     return [torch.empty(1, t.shape[1], *shape, dtype=t.dtype) for t in state]
-
-
-def _to(state: State, device: torch.device) -> State:
-    return tuple(t.to(device) for t in state)
-
-
-def _strips(layers: Sequence[Layer], source: Map | Source, tile: int, map_bytes: int, device: torch.device) -> Strips:
-    """All layers on one sample; yields (first row, strip [1, C, rows, W]) from top to bottom."""
-    source, start, norms = _settle(layers, source, tile, map_bytes, device)
-    part = layers[start:]
-    shape = lengths(part, source.shape)[-1]
-    for rows, cols in _tiles(shape, tile):
-        strip: torch.Tensor | None = None
-        for span in cols:
-            piece = run_tile(part, norms, source, rows, span, offset=start)[0]
-            if strip is None:
-                strip = piece.new_empty(1, piece.shape[1], rows[1] - rows[0], shape[1])
-            strip[..., slice(*span)] = piece
-        assert strip is not None
-        yield rows[0], strip
 
 
 # --- what pipelines call --------------------------------------------------------------------------------------------
@@ -390,7 +395,7 @@ def decode_strips(
         cells = max(1, tile // scale)
         yield from blend_rows(read, latents.shape[-2:], cells, cells // 4, out_scale=scale)
         return
-    yield from _strips(decoder_layers(vae), Map((latents,), weight.device), tile, map_bytes, weight.device)
+    yield from _Walk(decoder_layers(vae), Map((latents,), weight.device), tile, map_bytes, weight.device).strips()
 
 
 def encode_tiles(
@@ -425,9 +430,8 @@ def encode_tiles(
         grid = (shape[0] // scale, shape[1] // scale)
         strips = blend_rows(encoded, grid, cells, cells // 4, in_scale=scale)
         return torch.cat([strip for _, strip in strips], dim=-2).to(weight.dtype)
-    layers = encoder_layers(vae)
-    strips = _strips(layers, Source(load, shape), max(1, tile // scale), map_bytes, weight.device)
-    return torch.cat([strip for _, strip in strips], dim=-2)
+    walk = _Walk(encoder_layers(vae), Source(load, shape), tile, map_bytes, weight.device)
+    return torch.cat([strip for _, strip in walk.strips()], dim=-2)
 
 
 def mode_of(encoded: Any) -> torch.Tensor:
