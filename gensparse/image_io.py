@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ FORMATS = ("png", "webp", "jpg", "tiff")
 SIDE_LIMITS = {"webp": 16_383, "jpg": 65_500}
 _ENCODER = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "tiff": "TIFF"}
 
-_USER_COMMENT, _EXIF_IFD, _XMP_TAG = 0x9286, 0x8769, 700
+_USER_COMMENT, _EXIF_IFD, _DESCRIPTION_TAG, _XMP_TAG = 0x9286, 0x8769, 270, 700
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
@@ -260,8 +261,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     if Path(path).suffix.lower() == ".json":
         text: object = _read_sidecar(path)
     else:
-        with _opened(path, max_pixels=2**62) as (image, _):
-            text = image.info.get("gensparse") or _user_comment(image)
+        text = _png_entry(path) or _embedded_comment(path)
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{_name(path)} holds no gensparse metadata; give a picture that gensparse wrote")
     return _parse_metadata(path, text)
@@ -275,11 +275,33 @@ def _read_sidecar(path: str | os.PathLike[str]) -> str:
         raise ConfigError(f"cannot read {_name(path)}: {_reason(error)}; give a JSON file") from error
 
 
-def _user_comment(image: Image.Image) -> str | None:
+def _png_entry(path: str | os.PathLike[str]) -> str | None:
+    """The `gensparse` text of a PNG, found without Pillow, which refuses to open the largest pictures."""
     try:
-        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
-    except Exception:  # a broken EXIF block is a picture without metadata
+        with open(path, "rb") as file:
+            if file.read(8) != b"\x89PNG\r\n\x1a\n":
+                return None
+            for _ in range(64):  # texts of a picture come before its pixels
+                length, kind = struct.unpack(">I4s", file.read(8))
+                if kind == b"IDAT" or length > 1 << 20:
+                    return None
+                data = file.read(length)
+                file.seek(4, os.SEEK_CUR)
+                if kind == b"iTXt" and data.startswith(b"gensparse\0\0\0\0\0"):
+                    return data[14:].decode("utf-8", "replace")
+    except (OSError, struct.error):
         return None
+    return None
+
+
+def _embedded_comment(path: str | os.PathLike[str]) -> str | None:
+    """The text in EXIF's UserComment (jpg, webp) or in TIFF's ImageDescription."""
+    with _opened(path, max_pixels=2**62) as (image, _):
+        try:
+            comment = getattr(image, "tag_v2", {}).get(_DESCRIPTION_TAG)
+            comment = comment or image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+        except Exception:  # a broken EXIF block is a picture without metadata
+            return None
     if isinstance(comment, bytes):
         return comment.removeprefix(b"ASCII\0\0\0").decode("ascii", "replace")
     return comment if isinstance(comment, str) else None
@@ -391,11 +413,10 @@ def _metadata_options(image_format: str, metadata: Mapping[str, Any], xmp: bytes
         info.add_itxt("parameters", parameters_line(json.loads(text)))
         info.add_itxt("XML:com.adobe.xmp", xmp.decode())
         return {"pnginfo": info}
+    if image_format == "tiff":
+        return {"tiffinfo": {_DESCRIPTION_TAG: text, _XMP_TAG: xmp}}
     exif = Image.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"ASCII\0\0\0" + text.encode("ascii")
-    if image_format == "tiff":
-        exif[_XMP_TAG] = xmp
-        return {"exif": exif}
     return {"exif": exif.tobytes(), "xmp": xmp}
 
 

@@ -184,7 +184,7 @@ def resolve(
 def looks_like_path(spec: str) -> bool:
     """Whether `spec` names a file or folder rather than an alias or a hub id."""
     marked = bool(re.match(r"[~./\\]|[A-Za-z]:[\\/]", spec)) or "\\" in spec or spec.count("/") > 1
-    return marked or spec.lower().endswith((*PICKLES, ".safetensors", ".gguf")) or Path(spec).is_dir()
+    return marked or spec.lower().endswith((*PICKLES, ".safetensors", ".gguf")) or bool(spec and Path(spec).is_dir())
 
 
 def _by_hub_id(hub_id: str) -> ModelInfo | None:
@@ -333,6 +333,8 @@ def _own_facts(own: Mapping[str, Any]) -> dict[str, Any]:
         value = own.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= low:
             out[name] = kind(value)
+    if "guidance" in out:
+        out["unconditional"] = True  # a scale for classifier-free guidance: the empty prompt was trained
     if isinstance(own.get("attention"), str):
         out["attention"] = own["attention"]
     if isinstance(own.get("cascade"), dict):
@@ -393,7 +395,7 @@ def _download(
     try:
         if no_network:
             return Path(snapshot_download(hub_id, local_files_only=True, **options))
-        endpoint = constants.ENDPOINT
+        endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         listing = HfApi(endpoint=endpoint).model_info(hub_id, revision=revision, token=token)
         files = [item.rfilename for item in listing.siblings or ()]
         wanted = ["*.json"]
@@ -451,7 +453,7 @@ def _hub_error(error: Exception, hub_id: str, revision: str | None, no_network: 
         return ModelError(
             f"model {hub_id!r} was not found on the hub; check its name, or set HF_TOKEN if it is private"
         )
-    if "LocalEntryNotFoundError" in kind or "OfflineModeIsEnabled" in kind or no_network:
+    if "OfflineModeIsEnabled" in kind or no_network:
         at = f" at revision {revision!r}" if revision else ""
         return ModelError(
             f"model {hub_id!r}{at} is not in the local cache and the network is switched off; "

@@ -282,6 +282,8 @@ def _check_text(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {short(value)}; give text")
     if "\0" in value:
         raise ConfigError(f"{name} contains a NUL character; remove it")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"{name} holds half a character (a lone surrogate); write it as valid UTF-8")
     if len(value) > MAX_PROMPT_CHARS:
         raise ConfigError(f"{name} has {len(value)} characters; at most {MAX_PROMPT_CHARS} are read, shorten it")
 
