@@ -1,6 +1,7 @@
 """Weights into memory: the pipeline of a checked model, LoRA files, and their place on the device."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,37 @@ def load_pipeline(ref: ModelRef, dtype: str, device: str, offload: str, lora: Se
 def _load_weights(ref: ModelRef, dtype: "torch.dtype") -> Any:
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
 
+    assert ref.folder is not None, "models without files can only be planned"
     if ref.embedded:
         from gensparse.embedded import load_embedded
 
         return FluxHighresPipeline.from_pipe(load_embedded(torch_dtype=dtype))
     try:
-        return FluxHighresPipeline.from_pretrained(
-            ref.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            variant=ref.variant,
-            local_files_only=True,
-            trust_remote_code=ref.remote_code,
-        )
+        with _no_bars():
+            return FluxHighresPipeline.from_pretrained(
+                ref.folder,
+                dtype=dtype,
+                use_safetensors=True,
+                variant=ref.variant,
+                local_files_only=True,
+                trust_remote_code=ref.remote_code,
+            )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {ref.name!r} could not be loaded ({_first_line(error)}); download it again") from error
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the loading bars of diffusers, which would draw over our own progress."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -162,9 +162,7 @@ class _Job:
         with float32_vae(self.session.pipe) as changed:
             if changed:
                 self.warnings.append(f"the autoencoder gave {problem} in {self.resolved.dtype}: decoded again in fp32")
-                store.float32 = True
                 image, problem = self._call(request, seed, store)
-                store.float32 = False
         if image is not None:
             return image
         raise NumericsError(f"decoding gave {problem} even in fp32; try --dtype fp32, other settings or another seed")

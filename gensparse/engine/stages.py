@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,13 @@ class StageCache:
         self._writable = writable and bool(folders)
         self._keep_native = keep_native
         self._memory: dict[int, Any] = {}
-        self.float32 = False  # hand out float32 latents, as a float32 autoencoder needs them
 
     def load(self, index: int) -> Any:
         """The stage's result, or None."""
         result = self._memory.get(index)
         for store in self._stores:
             result = result if result is not None else store.load(index)
-        if result is None or not self.float32:
-            return result
-        return replace(result, latents=result.latents.float())
+        return result
 
     def save(self, index: int, result: Any) -> None:
         """Keep a finished stage. Raises OutputError when the folder cannot be written."""
@@ -56,15 +52,16 @@ class StageCache:
 
     def finish(self) -> None:
         """The picture is written: drop what only an interrupted run would need."""
-        last = max(self._memory, default=0)
         self._memory.clear()
         if not self._writable:
             return
+        store = self._stores[0]
+        native = store.path(0) if self._keep_native else None
         with contextlib.suppress(OSError):
-            for index in range(1 if self._keep_native else 0, last + 1):
-                self._stores[0].path(index).unlink(missing_ok=True)
-            if not any(self._stores[0].folder.iterdir()):
-                self._stores[0].folder.rmdir()
+            for path in store.folder.glob("stage-*.safetensors"):
+                if path != native:
+                    path.unlink()
+            store.folder.rmdir()  # only when nothing is left
 
 
 def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> str:

@@ -113,7 +113,7 @@ def decode_guard(pipe: Any, check_cancel: Callable[[], None]) -> Iterator[Guard]
 
 @contextlib.contextmanager
 def float32_vae(pipe: Any) -> Iterator[bool]:
-    """Run with the autoencoder in float32; yields False when it already was."""
+    """Run with the autoencoder in float32, whatever the latents are; yields False when it already was."""
     import torch
 
     vae = pipe.vae
@@ -121,8 +121,12 @@ def float32_vae(pipe: Any) -> Iterator[bool]:
     if before == torch.float32:
         yield False
         return
-    vae.to(torch.float32)
+    entries = [m for m in (getattr(vae, "post_quant_conv", None), vae.decoder) if m is not None]
+    hooks = [m.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:])) for m in entries]
+    torch.nn.Module.to(vae, torch.float32)
     try:
         yield True
     finally:
-        vae.to(before)
+        torch.nn.Module.to(vae, before)
+        for hook in hooks:
+            hook.remove()
