@@ -57,4 +57,4 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[Tensor | None]) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()  # gathers would copy anything else
