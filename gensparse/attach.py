@@ -52,7 +52,7 @@ def apply(
         ConfigError: an unknown method or setting, or a model of no supported family.
         UnsupportedProcessorError: a processor cannot be made sparse; the model is unchanged then.
     """
-    settings = Settings(as_method(method), strict, dense_steps, tuple(dense_layers))
+    settings = Settings(as_method(method), strict, dense_steps, dense_layers)
     attachments = [Attachment(model, settings, _scheduler_config(pipe_or_model)) for model in _models(pipe_or_model)]
     for attachment in attachments:
         attachment.check()
@@ -107,14 +107,16 @@ class Settings:
     method: Method
     strict: bool = False
     dense_steps: int = 0
-    dense_layers: tuple[int, ...] = ()
+    dense_layers: Iterable[int] = ()
 
     def __post_init__(self) -> None:
         steps = self.dense_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ConfigError(f"dense_steps={steps!r} is not allowed; pass a number of steps from 0 up.")
-        if not all(isinstance(index, int) and not isinstance(index, bool) for index in self.dense_layers):
+        layers = tuple(self.dense_layers) if isinstance(self.dense_layers, Iterable) else (None,)
+        if not all(isinstance(index, int) and not isinstance(index, bool) for index in layers):
             raise ConfigError(f"dense_layers={self.dense_layers!r} is not allowed; pass indices of attention layers.")
+        object.__setattr__(self, "dense_layers", layers)
 
     def pinned(self, layers: int) -> dict[int, str]:
         """Index of every layer that always runs dense -> why, for a model of `layers` attention layers."""
@@ -194,7 +196,7 @@ class Attachment:
     @property
     def backend(self) -> str | None:
         """Name of the backend of the last sparse call."""
-        return None
+        return next((site.backend for site in self.sites if site.backend is not None), None)
 
     def check(self) -> None:
         """UnsupportedProcessorError when a processor cannot be made sparse."""
@@ -237,7 +239,7 @@ class Attachment:
         """Forward pre-hook of the model: decide what its sites do in this call."""
         self.tally.collect()
         self._heal()
-        self.slot.call = self._call(_signature(type(model)).bind(model, *args, **kwargs).arguments)
+        self.slot.put(self._call(_signature(type(model)).bind(model, *args, **kwargs).arguments))
 
     def _heal(self) -> None:
         """Make sites sparse again whose processor was exchanged (image-prompt adapters, resets)."""

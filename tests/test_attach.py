@@ -421,11 +421,38 @@ def test_gradient_checkpointing_gives_the_gradients_of_a_plain_sparse_model(mode
     assert handle.report()["dense"] == {}
 
 
+def test_checkpointed_blocks_recomputed_in_another_thread_keep_their_window(model: Any, inputs: dict[str, Any]) -> None:
+    gensparse.apply(model, SMALL, strict=True)
+    plain = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    model.zero_grad()
+    loss = model(**inputs).sample.square().mean()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    recomputed = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_gradients_under_a_whole_window_equal_dense_ones(model: Any, inputs: dict[str, Any]) -> None:
     dense = gradients(model, inputs)
     gensparse.apply(model, Clear(radius=100), strict=True)
     for one, other in zip(gradients(model, inputs), dense, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_block_gives_the_eager_picture_and_is_counted(inputs: dict[str, Any]) -> None:
+    model = tiny_flux_transformer()
+    handle = gensparse.apply(model, SMALL, strict=True)
+    sparse = run(model, inputs)
+    model.single_transformer_blocks[0].compile(backend="eager")
+    try:
+        for _ in range(2):
+            torch.testing.assert_close(run(model, inputs), sparse, atol=1e-5, rtol=0)
+        assert handle.report()["calls"] == {"sparse": 6, "dense": {}}
+    finally:
+        torch.compiler.reset()
 
 
 def test_fused_projections_stay_sparse(model: Any, inputs: dict[str, Any]) -> None:
@@ -541,6 +568,19 @@ def test_made_processors_act_once_they_are_set_and_remove_undoes_them(model: Any
     assert torch.equal(run(model, inputs), dense)
 
 
+def test_sites_whose_made_processor_was_not_set_stay_dense_and_are_reported(model: Any, inputs: dict[str, Any]) -> None:
+    handle = gensparse.apply(model, SMALL, dense_layers=[2, 3])
+    expected = run(model, inputs)
+    handle.remove()
+    processors = gensparse.make_processors(model, SMALL)
+    own = dict(model.attn_processors)
+    model.set_attn_processor({n: own[n] if n.startswith("single") else p for n, p in processors.items()})
+    assert torch.equal(run(model, inputs), expected)
+    assert run(model, inputs).isfinite().all()
+    gensparse.remove(model)
+    assert all(type(processor) is FluxAttnProcessor for processor in model.attn_processors.values())
+
+
 def test_processor_of_a_module_that_was_not_prepared_is_an_error(model: Any, inputs: dict[str, Any]) -> None:
     other = tiny_flux_transformer(double_blocks=2, single_blocks=2)
     other.set_attn_processor(gensparse.make_processors(model, SMALL))
@@ -619,6 +659,8 @@ def test_proportional_scale_reads_the_training_size_from_the_pipeline() -> None:
         ({"dense_layers": [-5]}, "4 attention layers"),
         ({"dense_layers": [True]}, "dense_layers"),
         ({"dense_layers": ["a"]}, "dense_layers"),
+        ({"dense_layers": 3}, "dense_layers=3"),
+        ({"dense_layers": "0,1"}, "dense_layers"),
     ],
 )
 def test_bad_settings_are_refused_and_change_nothing(model: Any, settings: dict[str, Any], message: str) -> None:

@@ -5,9 +5,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from gensparse.attention import sparse_attention
+from gensparse.attention import choose, sparse_attention
 from gensparse.errors import LayoutMismatchError
 from gensparse.plan import Plan
 from gensparse.processors.masks import key_bias
@@ -25,7 +26,6 @@ class Call:
         reason: why the call is dense when there is no plan.
         gain: factor on the logits (1 leaves the scale of the model).
         strict: raise instead of running dense for a reason nobody asked for.
-        backend: name of the backend, None for the first that can.
     """
 
     plan: Plan | None
@@ -33,17 +33,34 @@ class Call:
     reason: str = ""
     gain: float = 1.0
     strict: bool = False
-    backend: str | None = None
 
 
-class CallSlot(threading.local):
-    """The current `Call` of a model, one per thread; shared by the model's sites."""
+class CallSlot:
+    """The current `Call` of a model, shared by its sites: of the running thread, else of the last one that had any.
+
+    The second case is backpropagation, which recomputes checkpointed blocks in a thread of its own.
+    """
 
     def __init__(self) -> None:
-        self.call: Call | None = None
+        self._own = _OwnCall()
+        self._last: Call | None = None
+
+    def put(self, call: Call) -> None:
+        """What this thread's calls do from now on."""
+        self._own.call = self._last = call
+
+    def get(self) -> Call | None:
+        """The current call, None before the first."""
+        own = self._own.call
+        return self._last if own is None else own
 
     def __reduce__(self) -> "tuple[type[CallSlot], tuple[()]]":
         return CallSlot, ()
+
+
+class _OwnCall(threading.local):
+    def __init__(self) -> None:
+        self.call: Call | None = None
 
 
 class Site:
@@ -55,8 +72,8 @@ class Site:
         pinned: why this site always runs dense, or None.
         held: whether the site's processor has been sparse, so that it must stay so.
 
-    `outcome` is written by every call and collected by the pre-hook of the next one; it is never read in between, so
-    that compiled blocks need not be compiled again for it.
+    `backend` is the one of the last sparse call. `outcome` is written by every call and collected by the pre-hook of
+    the next one; it is never read in between, so that compiled blocks need not be compiled again for it.
     """
 
     def __init__(self, name: str, slot: CallSlot, pinned: str | None = None) -> None:
@@ -65,6 +82,7 @@ class Site:
         self.pinned = pinned
         self.held = False
         self.outcome: str | None = None
+        self.backend: str | None = None
 
     def attend(
         self,
@@ -89,7 +107,7 @@ class Site:
         """
         if k.shape[1] != q.shape[1]:
             return dense()
-        call = self.slot.call
+        call = self.slot.get()
         if call is None or call.plan is None or self.pinned is not None:
             self.outcome = self.pinned or (call.reason if call else "called outside the model's forward")
             return dense()
@@ -98,9 +116,14 @@ class Site:
             self._refuse(call, misfit)
             return dense()
         self.outcome = SPARSE
-        bias = None if mask is None else key_bias(mask)
-        gain = _scaled(scale, q.shape[-1], call.gain)
-        return sparse_attention(q, k, v, call.plan, scale=gain, key_bias=bias, backend=call.backend)
+        return self._sparse(q, k, v, call.plan, None if mask is None else key_bias(mask), scale, call.gain)
+
+    @torch.compiler.disable  # CPU backends look at values, which a traced graph cannot
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None, scale: float | None, gain: float
+    ) -> Tensor:
+        self.backend = choose(plan, q)
+        return sparse_attention(q, k, v, plan, scale=_scaled(scale, q.shape[-1], gain), key_bias=bias)
 
     def _refuse(self, call: Call, reason: str) -> None:
         if call.strict:

@@ -85,7 +85,7 @@ def test_a_sparse_processor_in_an_unprepared_module_raises_instead_of_running_de
 def attention_with_site(call: Call) -> legacy.Attention:
     attn = legacy.Attention(query_dim=8, heads=2, dim_head=4).eval()
     slot = CallSlot()
-    slot.call = call
+    slot.put(call)
     setattr(attn, SITE, Site("attn", slot))
     return attn
 
