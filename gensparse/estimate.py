@@ -121,6 +121,7 @@ def estimate(
     limit_bytes: int | None = None,
     rates: Rates | None = None,
     from_picture: bool = False,
+    can_offload: bool = True,
 ) -> Estimate:
     """Estimate one picture.
 
@@ -131,6 +132,7 @@ def estimate(
         limit_bytes: memory that may be used; None when unknown.
         rates: speed of the machine; None leaves times out.
         from_picture: the first stage starts from a given picture.
+        can_offload: whether weights could wait in another memory; only the advice depends on it.
     """
     size = DTYPE_BYTES[dtype]
     parts = _with_entries(arch, [_stage(arch, shape, n_text, size, rates) for shape in stages], rates, from_picture)
@@ -144,7 +146,7 @@ def estimate(
     peak = RUNTIME_BYTES + weights + int(MARGIN * busy) + history
     seconds = sum(p.seconds + p.enter_seconds for p in parts) + decode_seconds if rates else None
     total = sum(p.steps * (p.linear_flops + p.attention_flops) + p.enter_flops for p in parts) + decode
-    advice = _advice(arch, parts, size, offload, peak, limit_bytes)
+    advice = _advice(arch, parts, size, offload if can_offload else None, peak, limit_bytes)
     return Estimate(parts, weights, decode_memory, decode, peak, total, seconds, decode_seconds, limit_bytes, advice)
 
 
@@ -206,7 +208,7 @@ def _advice(
     arch: Architecture,
     parts: Sequence[StageEstimate],
     size: int,
-    offload: str,
+    offload: str | None,
     peak: int,
     limit: int | None,
 ) -> tuple[str, ...]:
@@ -215,13 +217,13 @@ def _advice(
         return ()
     out = [f"needs about {peak / GIB:.1f} GiB, {limit / GIB:.1f} GiB are available"]
     for choice in ("model", "group"):
-        smaller = peak - resident_bytes(arch, size, offload) + resident_bytes(arch, size, choice)
+        smaller = peak - resident_bytes(arch, size, "none") + resident_bytes(arch, size, choice)
         if offload == "none" and smaller <= limit:
             out.append(f"--offload {choice} brings it to about {smaller / GIB:.1f} GiB")
             break
     if size == 4:
         out.append("--dtype bf16 halves weights and activations")
-    side = _largest_side(arch, parts, size, offload, peak, limit)
+    side = _largest_side(arch, parts, size, offload or "none", peak, limit)
     if side:
         out.append(f"--size {side} fits")
     elif len(out) == 1:
@@ -267,17 +269,19 @@ def calibrate(device: str, dtype: str, width: int, head_dim: int) -> Rates:
     from torch.nn.functional import conv2d, scaled_dot_product_attention
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    rows, channels = 1024, 64
-    heads = max(1, width // head_dim)
+    work = 2e11 if device.startswith("cuda") else 2e9  # FLOP of one call: enough to be busy, short enough to repeat
+    rows = int(min(4096, max(16, work / (8 * width**2))))
+    tokens = int(min(4096, max(64, math.sqrt(work / (4 * width)))))
+    heads, channels, side = max(1, width // head_dim), 64, 128
     with torch.inference_mode():
         x = torch.randn(rows, width, device=device, dtype=kind)
         w = torch.randn(width, 4 * width, device=device, dtype=kind)
-        q = torch.randn(1, heads, rows, head_dim, device=device, dtype=kind)
-        p = torch.randn(1, channels, 128, 128, device=device, dtype=kind)
+        q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=kind)
+        p = torch.randn(1, channels, side, side, device=device, dtype=kind)
         f = torch.randn(channels, channels, 3, 3, device=device, dtype=kind)
         linear = _rate(lambda: torch.nn.functional.gelu(x @ w), 8.0 * rows * width**2, device)
-        attention = _rate(lambda: scaled_dot_product_attention(q, q, q), 4.0 * rows**2 * heads * head_dim, device)
-        decode = _rate(lambda: conv2d(p, f, padding=1).relu_(), 18.0 * channels**2 * 128**2, device)
+        attention = _rate(lambda: scaled_dot_product_attention(q, q, q), 4.0 * tokens**2 * heads * head_dim, device)
+        decode = _rate(lambda: conv2d(p, f, padding=1).relu_(), 18.0 * channels**2 * side**2, device)
     return Rates(linear, attention, decode)
 
 

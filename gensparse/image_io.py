@@ -80,6 +80,12 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     return Picture(rgb, alpha, profile, bits, digest, tuple(notes))
 
 
+def check_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> None:
+    """Check a picture by its header only. Raises ConfigError as `read_image` does."""
+    with _opened(path, max_pixels):
+        pass
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str], max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
     """Open a picture, header only, after all checks that need no decoding."""

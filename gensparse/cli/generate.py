@@ -33,8 +33,8 @@ def generate(
       gensparse generate --from draft.png --size 4096   [dim](continue that very draft)[/dim]
     """
     from gensparse.cli.requests import generate_request, read_prompt
-    from gensparse.cli.run import run_request
+    from gensparse.cli.run import run_requests
 
     if highres is not None:
         flags["highres"] = highres
-    run_request(generate_request(flags, read_prompt(prompt, prompt_option, prompt_file)), flags)
+    run_requests([generate_request(flags, read_prompt(prompt, prompt_option, prompt_file))], flags)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gensparse.cli.options import OUTPUT_OPTIONS
 from gensparse.cli.state import STATE
-from gensparse.errors import ConfigError, OutputError
+from gensparse.errors import ConfigError, OutputError, short
 from gensparse.request import MAX_PROMPT_CHARS, GenerateRequest, Request, UpscaleRequest, request_from_dict
 
 # what a picture or a JSON file of unknown origin may not decide
@@ -57,12 +57,17 @@ def _start(cls: type[Request], flags: Mapping[str, Any]) -> dict[str, Any]:
     if "preset" in flags and "from_file" in flags:
         raise ConfigError("--preset and --from are both given; use one of them")
     if "preset" in flags:
-        return _trusted(read_json(_preset_path(flags["preset"])))
+        data = read_json(_preset_path(flags["preset"]))
+        return {k: v for k, v in data.items() if k not in ("kind", "version")}
     if "from_file" not in flags:
         return {}
     from gensparse.image_io import read_metadata
 
-    return request_of(read_metadata(flags["from_file"]))
+    metadata = read_metadata(flags["from_file"])
+    kind = metadata["request"].get("kind", cls.kind)
+    if kind != cls.kind:
+        raise ConfigError(f"{flags['from_file'].name!r} was made by {short(kind)}; use the command of that name")
+    return request_of(metadata)
 
 
 def request_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,37 @@ from gensparse.cli import output
 from gensparse.cli.paths import Target, plan_target, stage_folders_near
 from gensparse.cli.progress import Progress
 from gensparse.cli.state import STATE
-from gensparse.errors import GensparseError
-from gensparse.request import Request
+from gensparse.errors import ConfigError
+from gensparse.request import Request, UpscaleRequest
 
 if TYPE_CHECKING:
-    from gensparse.engine import Output, OutputOptions, Result
+    from gensparse.engine import Output, OutputOptions, Result, Runner
 
 
-def run_request(request: Request, flags: Mapping[str, Any]) -> None:
-    """Run one request from its flags to its pictures and their paths on stdout."""
+def run_requests(requests: Sequence[Request], flags: Mapping[str, Any]) -> None:
+    """Run requests one after the other, from their flags to their pictures and paths on stdout."""
+    from gensparse.engine import Runner
+
+    if len(requests) > 1 and not str(flags.get("output") or "/").endswith(("/", "\\")):
+        raise ConfigError(f"{len(requests)} pictures need a folder; use -o FOLDER/")
+    for request in requests:
+        if isinstance(request, UpscaleRequest):
+            image_io.check_image(request.image)
+    if "from_file" in flags:
+        _warn_of_differences(flags["from_file"])
+    runner = Runner()
+    for request in requests:
+        _run_one(runner, request, flags)
+
+
+def _run_one(runner: "Runner", request: Request, flags: Mapping[str, Any]) -> None:
     count = max(len(request.seed), request.num_images)
     target = plan_target(flags.get("output"), flags.get("image_format"), count, overwrite=_on(flags, "overwrite"))
+    cancel = STATE.interrupts.cancel if STATE.interrupts else None
     try:
-        result = _execute(request, flags, target)
+        with Progress() as progress:
+            options = output_options(flags, target)
+            result = runner.execute(request, options, on_event=progress.on_event, cancel=cancel)
     finally:
         target.clean()
     if target.paths:
@@ -30,16 +48,6 @@ def run_request(request: Request, flags: Mapping[str, Any]) -> None:
     else:
         output.warn(result.warnings)
         output.write_bytes(_encoded(result.outputs[0], target.image_format, request, flags))
-
-
-def _execute(request: Request, flags: Mapping[str, Any], target: Target) -> "Result":
-    from gensparse.engine import execute
-
-    if "from_file" in flags:
-        _warn_of_differences(flags["from_file"])
-    cancel = STATE.interrupts.cancel if STATE.interrupts else None
-    with Progress() as progress:
-        return execute(request, output_options(flags, target), on_event=progress.on_event, cancel=cancel)
 
 
 def output_options(flags: Mapping[str, Any], target: Target) -> "OutputOptions":
@@ -118,11 +126,3 @@ def attention_words(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     density = sparse[-1].get("density")
     words = f"sparse attention in {len(sparse)} of {len(stages)} enlarged stages"
     return [f"{words}, density {density:.3f} in the last" if isinstance(density, float) else words]
-
-
-def run_many(requests: Sequence[Request], flags: Mapping[str, Any]) -> None:
-    """Run several requests one after the other; the first error ends the command."""
-    if len(requests) > 1 and (flags.get("output") == "-" or Path(str(flags.get("output", ""))).suffix):
-        raise GensparseError("several pictures need a folder; use -o FOLDER/")
-    for request in requests:
-        run_request(request, flags)

@@ -34,7 +34,7 @@ def upscale(
       gensparse upscale *.png --size 4096 -o large/
     """
     from gensparse.cli.requests import upscale_request
-    from gensparse.cli.run import run_many
+    from gensparse.cli.run import run_requests
     from gensparse.errors import ConfigError
 
     if by is not None and "size" in flags:
@@ -43,4 +43,4 @@ def upscale(
         flags["size"] = by if by.lower().endswith("x") else f"{by}x"
     if strength is not None:
         flags["strength"] = strength
-    run_many([upscale_request(flags, prompt, path) for path in inputs], flags)
+    run_requests([upscale_request(flags, prompt, path) for path in inputs], flags)

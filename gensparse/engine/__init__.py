@@ -6,7 +6,7 @@ before any weight is read. The command line and the app are thin wrappers around
 
 from gensparse.engine.record import reproduction_warnings
 from gensparse.engine.resolve import estimate_for, open_model, plan, resolve_request
-from gensparse.engine.session import Session, execute
+from gensparse.engine.session import Runner, Session, execute
 from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "OutputOptions",
     "Resolved",
     "Result",
+    "Runner",
     "Session",
     "estimate_for",
     "execute",

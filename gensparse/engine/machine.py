@@ -7,31 +7,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gensparse import __version__
-from gensparse.errors import ConfigError
+from gensparse.errors import ConfigError, short
 from gensparse.request import parse_bytes
 
 if TYPE_CHECKING:
     import torch
 
 
-def pick_device(wanted: str = "auto") -> str:
-    """A torch device name; raises ConfigError for one that is not there."""
+def pick_device(wanted: str = "auto", *, must_exist: bool = True) -> str:
+    """A torch device name; raises ConfigError for one that is not there (or, when planning, is no device at all)."""
     import torch
 
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        kind = torch.device(wanted).type
-    except RuntimeError as error:
-        raise ConfigError(f"device is {wanted!r}; give auto, cpu, cuda, cuda:1 or mps") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, False):
-        raise ConfigError(
-            f"device {wanted!r} is not available; this machine has {', '.join(k for k in there if there[k])}"
-        )
+    if wanted == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {short(wanted)}; give auto, cpu, cuda, cuda:1 or mps") from error
+    missing = not there.get(device.type, False) or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    )
+    if device.type not in there or (missing and must_exist):
+        here = ", ".join(kind for kind in there if there[kind])
+        raise ConfigError(f"device {short(wanted)} is not available; this machine has {here}")
     return wanted
+
+
+def is_present(device: str) -> bool:
+    """Whether a device name that `pick_device` let through can be used here."""
+    import torch
+
+    return not device.startswith("cuda") or torch.cuda.is_available()
 
 
 def pick_dtype(wanted: str, device: str) -> str:
@@ -42,7 +49,8 @@ def pick_dtype(wanted: str, device: str) -> str:
         return "fp32"
     import torch
 
-    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+    here = device.startswith("cuda") and torch.cuda.is_available()
+    if here and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"
     return "bf16"
 
@@ -57,6 +65,8 @@ def memory_limit(device: str, max_vram: str | None) -> int | None:
     """Bytes that may be used: what the user allows, or what is free on the device now."""
     if max_vram is not None:
         return parse_bytes(max_vram)
+    if not is_present(device):
+        return None
     if device.startswith("cuda"):
         import torch
 

@@ -1,6 +1,5 @@
 """What is written beside the pixels: metadata, attention summary, and the warnings of a run."""
 
-import json
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from gensparse.request import Request
 
 
 def build_metadata(
-    request: Request, resolved: Resolved, *, offload: str, attention: Mapping[str, Any], source: Picture | None
+    request: Request, resolved: Resolved, *, offload: str, attention: list[dict[str, Any]], source: Picture | None
 ) -> dict[str, Any]:
     """What is written into a picture; no date, so that the same request gives the same file."""
     import torch
@@ -25,7 +24,7 @@ def build_metadata(
         "offload": offload,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "attention": dict(attention),
+        "attention": attention,
     }
     out = {
         "gensparse": image_io.METADATA_VERSION,
@@ -37,12 +36,6 @@ def build_metadata(
     if source is not None:
         out["source_sha256"] = source.sha256
     return out
-
-
-def attention_summary(pipe: Any) -> dict[str, Any]:
-    """The attention reports of the stages, reduced to what JSON can hold."""
-    reports = getattr(pipe, "attention_report", None) or []
-    return {"stages": json.loads(json.dumps(list(reports), default=str))}
 
 
 def prompt_warnings(ref: ModelRef, pipe: Any, request: Request) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from gensparse.engine.machine import memory_limit, pick_device, pick_dtype
+from gensparse.engine.machine import is_present, memory_limit, pick_device, pick_dtype
 from gensparse.engine.values import Resolved
 from gensparse.errors import ConfigError
 from gensparse.estimate import Estimate, StageShape, calibrate, estimate
@@ -24,7 +24,7 @@ def plan(
 ) -> tuple[Resolved, Estimate]:
     """What a request will cost, without reading a weight. Raises nothing for a request that does not fit."""
     ref = ref or open_model(request, weights=False)
-    resolved = resolve_request(request, ref.info, picture)
+    resolved = resolve_request(request, ref.info, picture, device_must_exist=False)
     return resolved, estimate_for(resolved, time_it=time_it)[1]
 
 
@@ -44,13 +44,15 @@ def open_model(request: Request, *, weights: bool = True) -> ModelRef:
     )
 
 
-def resolve_request(request: Request, info: ModelInfo, picture: Picture | None = None) -> Resolved:
+def resolve_request(
+    request: Request, info: ModelInfo, picture: Picture | None = None, *, device_must_exist: bool = True
+) -> Resolved:
     """Fill in everything a request left open; the warnings say what was rounded, clamped or is without effect."""
     notes: list[str] = []
     _check_prompt(request, info)
     check_attention(request.attention)
     height, width = _target_size(request, info, picture, notes)
-    device = pick_device(request.device)
+    device = pick_device(request.device, must_exist=device_must_exist)
     steps = request.steps if request.steps is not None else int(info.steps)
     dense_steps = min(request.dense_steps, steps)
     if dense_steps != request.dense_steps:
@@ -119,7 +121,8 @@ def estimate_for(resolved: Resolved, *, time_it: bool = True) -> tuple[str, Esti
     """The offload to use and the estimate with it; "auto" on a GPU is the first rung of the ladder that fits."""
     arch, request = resolved.info.architecture, resolved.request
     limit = memory_limit(resolved.device, request.max_vram)
-    rates = calibrate(resolved.device, resolved.dtype, arch.width, arch.head_dim) if time_it else None
+    timed = time_it and is_present(resolved.device)
+    rates = calibrate(resolved.device, resolved.dtype, arch.width, arch.head_dim) if timed else None
     shapes = stage_shapes(resolved)
 
     def cost(choice: str) -> Estimate:
@@ -132,6 +135,7 @@ def estimate_for(resolved: Resolved, *, time_it: bool = True) -> tuple[str, Esti
             limit_bytes=limit,
             rates=rates,
             from_picture=isinstance(request, UpscaleRequest),
+            can_offload=resolved.device != "cpu",
         )
 
     if request.offload != "auto":

@@ -5,13 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gensparse import image_io
 from gensparse.engine.call import call_arguments, finish_picture, padded_source
 from gensparse.engine.loading import check_lora, load_pipeline
 from gensparse.engine.machine import is_out_of_memory, peak_memory, versions
-from gensparse.engine.record import attention_summary, build_metadata, prompt_warnings
+from gensparse.engine.record import build_metadata, prompt_warnings
 from gensparse.engine.resolve import OFFLOAD_LADDER, estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
 from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
@@ -100,6 +101,7 @@ class _Job:
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     done: list[Output] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
     index: int = 0
 
     def run(self) -> Result:
@@ -141,6 +143,7 @@ class _Job:
             image = self._pixels(request, seed, store)
         with self._timed("write"):
             self.emit(Event("write"))
+            self.reports = store.reports()
             self.done.append(self._write(image, request, seed))
         store.finish()
 
@@ -174,7 +177,7 @@ class _Job:
         arguments = call_arguments(self.resolved, request, seed)
         if self.source is not None:
             arguments["image"] = padded_source(self.source.image, self.resolved)
-        watch = StepWatch(self.expected, self.emit, self._check_cancel, self._preview)
+        watch = StepWatch(self.expected, self.emit, self._check_cancel, partial(self._stage_done, store))
         with decode_guard(pipe, self._check_cancel) as guard:
             try:
                 out = pipe(
@@ -213,13 +216,15 @@ class _Job:
         folders = [root / key for root in (self.output.stages_dir, *self.output.also_read) if root is not None]
         return StageCache(folders, writable=self.output.stages_dir is not None, keep_native=self.source is None)
 
-    def _preview(self, pipe: Any, result: Any) -> None:
-        """Keep a small picture of a finished stage."""
+    def _stage_done(self, store: StageCache, pipe: Any, result: Any) -> None:
+        """Keep the attention report and, where wanted, a small picture of a finished stage."""
+        report = next((r for r in pipe.attention_report if r.get("stage") == result.index), None)
+        if report is not None:
+            store.keep_report(result.index, report)
         folder = self.output.preview_dir
-        if folder is None:
-            return
-        path = folder / f"{self.index + 1:04d}-stage{result.index + 1}-{result.width}x{result.height}.png"
-        image_io.write_image(pipe.preview(result)[0], path, overwrite=True)
+        if folder is not None:
+            path = folder / f"{self.index + 1:04d}-stage{result.index + 1}-{result.width}x{result.height}.png"
+            image_io.write_image(pipe.preview(result)[0], path, overwrite=True)
 
     def _give_ground(self) -> bool:
         """After out of memory on a GPU: reload one rung further down the offload ladder. False at its end."""
@@ -257,9 +262,8 @@ class _Job:
         return Output(str(path), *size, seed, digest, None, metadata)
 
     def _metadata(self, request: Request) -> dict[str, Any]:
-        attention = attention_summary(self.session.pipe)
         metadata = build_metadata(
-            request, self.resolved, offload=self.session.offload, attention=attention, source=self.source
+            request, self.resolved, offload=self.session.offload, attention=self.reports, source=self.source
         )
         return metadata if self.output.prompt_in_metadata else image_io.without_prompt(metadata)
 
@@ -270,10 +274,56 @@ class _Job:
             self.resolved.request.to_dict(portable=True),
             {k: round(v, 3) for k, v in self.timings.items()},
             peak_memory(self.session.device),
-            attention_summary(self.session.pipe),
+            {"stages": self.reports},
             versions(),
             tuple(dict.fromkeys(self.warnings)),
         )
+
+
+class Runner:
+    """Runs requests one after the other and keeps the pipeline loaded while it serves them.
+
+    Args:
+        loader: builds a pipeline; the default loads it from disk.
+    """
+
+    def __init__(self, loader: Callable[..., Any] | None = None) -> None:
+        self._loader = loader
+        self._key: tuple[Any, ...] | None = None
+        self._session: Session | None = None
+
+    def execute(
+        self,
+        request: Request,
+        output: OutputOptions | None = None,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Result:
+        """Run one request from start to end: check everything, estimate, load, make the pictures.
+
+        Raises the error classes of `gensparse.errors`; WontFitError before any weight is loaded.
+        """
+        picture = image_io.read_image(request.image) if isinstance(request, UpscaleRequest) else None
+        check_lora(request.lora)
+        ref = open_model(request)
+        resolved = resolve_request(request, ref.info, picture)
+        output = output or OutputOptions()
+        image_io.check_side(output.image_format, resolved.height, resolved.width)
+        offload, expected = fitting_estimate(resolved)
+        session = self._session_for(ref, resolved, offload, request.lora)
+        return session.run(resolved, output, picture=picture, on_event=on_event, cancel=cancel, expected=expected)
+
+    def _session_for(self, ref: ModelRef, resolved: Resolved, offload: str, lora: Sequence[str]) -> Session:
+        key = (ref.folder, ref.variant, resolved.device, resolved.dtype, offload, tuple(lora))
+        if self._session is None or key != self._key:
+            if self._session is not None:
+                self._session.close()
+            self._key = key
+            self._session = Session(
+                ref, device=resolved.device, dtype=resolved.dtype, offload=offload, lora=lora, loader=self._loader
+            )
+        return self._session
 
 
 def execute(
@@ -284,21 +334,8 @@ def execute(
     cancel: threading.Event | None = None,
     loader: Callable[..., Any] | None = None,
 ) -> Result:
-    """Run one request from start to end: check everything, estimate, load, make the pictures.
-
-    Raises the error classes of `gensparse.errors`; WontFitError before any weight is loaded.
-    """
-    picture = image_io.read_image(request.image) if isinstance(request, UpscaleRequest) else None
-    check_lora(request.lora)
-    ref = open_model(request)
-    resolved = resolve_request(request, ref.info, picture)
-    output = output or OutputOptions()
-    image_io.check_side(output.image_format, resolved.height, resolved.width)
-    offload, expected = fitting_estimate(resolved)
-    session = Session(
-        ref, device=resolved.device, dtype=resolved.dtype, offload=offload, lora=request.lora, loader=loader
-    )
-    return session.run(resolved, output, picture=picture, on_event=on_event, cancel=cancel, expected=expected)
+    """Run a single request; see `Runner.execute`."""
+    return Runner(loader).execute(request, output, on_event=on_event, cancel=cancel)
 
 
 def fitting_estimate(resolved: Resolved) -> tuple[str, Estimate]:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class StageCache:
         self._writable = writable and bool(folders)
         self._keep_native = keep_native
         self._memory: dict[int, Any] = {}
+        self._reports: dict[int, dict[str, Any]] = {}
 
     def load(self, index: int) -> Any:
         """The stage's result, or None."""
@@ -50,18 +51,38 @@ class StageCache:
         except (OSError, SafetensorError) as error:
             raise OutputError(f"could not keep stage {index + 1} in {str(folder)!r} ({error}); free space") from error
 
+    def keep_report(self, index: int, report: Mapping[str, Any]) -> None:
+        """Keep what the attention of a stage reported, so that a resumed picture can still say it."""
+        self._reports[index] = json.loads(json.dumps(report, default=str))
+        if self._writable:
+            with contextlib.suppress(OSError):
+                _report_path(self._stores[0].folder, index).write_text(json.dumps(self._reports[index]))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The reports of all stages, whichever run made them."""
+        found = dict(self._reports)
+        for store in self._stores:
+            for path in store.folder.glob("stage-*.json"):
+                with contextlib.suppress(OSError, ValueError):
+                    found.setdefault(int(path.stem.removeprefix("stage-")), json.loads(path.read_text()))
+        return [found[index] for index in sorted(found)]
+
     def finish(self) -> None:
         """The picture is written: drop what only an interrupted run would need."""
         self._memory.clear()
         if not self._writable:
             return
         store = self._stores[0]
-        native = store.path(0) if self._keep_native else None
+        native = (store.path(0), _report_path(store.folder, 0)) if self._keep_native else ()
         with contextlib.suppress(OSError):
-            for path in store.folder.glob("stage-*.safetensors"):
-                if path != native:
+            for path in store.folder.glob("stage-*"):
+                if path not in native:
                     path.unlink()
             store.folder.rmdir()  # only when nothing is left
+
+
+def _report_path(folder: Path, index: int) -> Path:
+    return folder / f"stage-{index}.json"
 
 
 def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> str:

@@ -47,10 +47,10 @@ class StepWatch:
         expected: Estimate | None,
         emit: Callable[[Event], None],
         check_cancel: Callable[[], None],
-        keep_preview: Callable[[Any, Any], None] | None = None,
+        on_stage: Callable[[Any, Any], None],
     ) -> None:
         self._shapes = expected.stages if expected else ()
-        self._emit, self._check_cancel, self._keep_preview = emit, check_cancel, keep_preview
+        self._emit, self._check_cancel, self._on_stage = emit, check_cancel, on_stage
         self._eta = Eta(expected)
 
     def on_step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +65,7 @@ class StepWatch:
 
     def on_stage(self, pipe: Any, result: Any) -> None:
         """For `callback_on_stage_end`."""
-        if self._keep_preview is not None:
-            self._keep_preview(pipe, result)
+        self._on_stage(pipe, result)
         self._check_cancel()
 
     def _event(self, phase: str, stage: int, stages: int, step: int, steps: int) -> Event:
