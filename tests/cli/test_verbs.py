@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tiny_model import tiny_folder
 
+from gensparse.cli import main
 from gensparse.image_io import read_metadata
 from gensparse.methods import METHODS
 
@@ -101,14 +102,11 @@ def test_other_formats_reproduce_too(cli: Cli, kind: str) -> None:
     assert read_metadata(f"a.{kind}")["request"]["prompt"] == "a star"
 
 
-def test_dash_writes_the_picture_to_stdout(workdir: Path) -> None:
-    import subprocess
-    import sys
-
-    code = "from gensparse.cli import main; main()"
-    command = [sys.executable, "-c", code, "generate", "a star", "-m", str(tiny_folder()), "-o", "-", "-s", "3"]
-    ran = subprocess.run(command, capture_output=True, check=True)
-    image = Image.open(BytesIO(ran.stdout))
+def test_dash_writes_the_picture_to_stdout(workdir: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "a star", "-m", str(tiny_folder()), "-o", "-", "-s", "3"])
+    assert stop.value.code == 0
+    image = Image.open(BytesIO(capfdbinary.readouterr().out))
     assert image.size == (32, 32)
     assert json.loads(image.info["gensparse"])["request"]["prompt"] == "a star"
     assert not list(workdir.iterdir())
