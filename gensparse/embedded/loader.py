@@ -12,6 +12,8 @@ large, z up to 16; the model has seen close-ups of such pictures. `model/genspar
 import difflib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,20 +45,31 @@ def load_embedded(torch_dtype: "torch.dtype | None" = None) -> "FluxPipeline":
     """The embedded model as a FluxPipeline on the CPU; float32 unless `torch_dtype` says otherwise."""
     import torch
     from diffusers import AutoencoderTiny, FluxPipeline
-    from diffusers.utils import logging
 
     path, dtype = embedded_path(), torch_dtype or torch.float32
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # an AutoencoderTiny in a FluxPipeline is intended
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _quiet():
         vae = AutoencoderTiny.from_pretrained(path, subfolder="vae", torch_dtype=dtype, local_files_only=True)
         return FluxPipeline.from_pretrained(path, vae=vae, torch_dtype=dtype, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no warning that an AutoencoderTiny sits in a FluxPipeline: that is intended."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        for library, (level, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
 
 
 def unknown_words(prompt: str) -> dict[str, list[str]]:

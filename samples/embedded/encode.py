@@ -2,10 +2,10 @@
 
 Kinds: `whole` (128 px whole pictures, 64 tokens), `native` (256 px, 256 tokens), `wide` (other aspect ratios of the
 same area) and `close` (16 x 16 tokens cut from renderings at 2, 4, 8, 16 times the native size). A shard is one .npz
-file: latents [N, tokens, 32] float16, seeds [N], aspect, and position ids [G, tokens, 2] (rows, columns) in scene units,
+file: latents [N, tokens, 32] float16, seeds [N], aspect, position ids [G, tokens, 2] (rows, columns) in scene units,
 each for N / G pictures in turn.
 
-Position ids: one unit is one native token (16 px of a 256 px picture), centre-aligned, so token i of a grid with spacing
+Position ids: one unit is one native token (16 px of a 256 px picture), centre-aligned: token i of a grid with spacing
 s lies at (i + 0.5) * s - 0.5: spacing 1 at the native size, 2 for whole pictures of 128 px, 1/zoom for close-ups.
 """
 

@@ -72,6 +72,20 @@ def picture_grid(pipe: FluxPipeline, steps: int, guidance: float, height: int = 
     return grid
 
 
+def write(pipe: FluxPipeline, folder: Path) -> None:
+    """Save in half precision, with the facts no config class holds, and without names of local folders."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.float16)
+    pipe.save_pretrained(folder)
+    (folder / "gensparse.json").write_text(json.dumps(NOTES, indent=2) + "\n")
+    for config in folder.glob("*/*config.json"):
+        facts = json.loads(config.read_text())
+        for name in ("_name_or_path", "is_local", "local_files_only"):
+            facts.pop(name, None)
+        config.write_text(json.dumps(facts, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
@@ -86,8 +100,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             picture_grid(pipe, args.steps, args.guidance).save(args.grid)
     if args.out:
-        pipe.to(torch.float16).save_pretrained(args.out)
-        (args.out / "gensparse.json").write_text(json.dumps(NOTES, indent=2) + "\n")
+        write(pipe, args.out)
 
 
 if __name__ == "__main__":

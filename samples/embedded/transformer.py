@@ -2,12 +2,13 @@
 
 Rectified flow as FluxPipeline samples it: x_s = (1 - s) * latents + s * noise, the network gets s and predicts
 noise - latents. Stages (as shares of the time budget) go from whole pictures of 64 tokens, which are cheap and teach
-what words mean, to the native size, other aspect ratios and close-ups. The learning rate stays up and then falls to zero
+what words mean, to the native size, other aspect ratios and close-ups. The learning rate stays up, then falls to zero
 with the wall clock. A checkpoint every few minutes holds everything; starting again continues from it.
 """
 
 import argparse
 import csv
+import signal
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {"whole": 1.0}),
     (0.55, {"native": 0.4, "wide": 0.15, "close": 0.3, "whole": 0.15}),
 )
-BATCH = {"whole": 128, "native": 32, "wide": 32, "close": 32}
+BATCH = {"whole": 64, "native": 32, "wide": 32, "close": 32}
 SIGMA = {"whole": (0.2, 1.1), "native": (0.3, 1.1), "wide": (0.3, 1.1), "close": (-0.3, 1.0)}
 EMA_DECAY = 0.998
 
@@ -120,7 +121,7 @@ class Pictures:
         return latents, ids, [caption(shard["scenes"][i], int(self.rng.integers(1 << 31))) for i in picks]
 
 
-def velocity_loss(model: Model, captions: Captions, pictures: Pictures, compute: torch.nn.Module) -> torch.Tensor:
+def velocity_loss(captions: Captions, pictures: Pictures, compute: torch.nn.Module) -> torch.Tensor:
     """Mean squared error of the predicted velocity on one batch, noise levels logit-normal."""
     latents, ids, words = pictures.batch(BATCH[pictures.kind])
     clip_ids, t5_ids = captions(words)
@@ -143,8 +144,12 @@ class Run:
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizers = optimizers(self.model, args.lr)
         self.rng = np.random.default_rng(args.seed)
-        self.step, self.spent = 0, 0.0
+        self.step, self.spent, self.stopped = 0, 0.0, False
         self.args, self.path = args, args.run / "checkpoint.pt"
+
+    def stop(self, *_: object) -> None:
+        """Finish the step in hand, save and end."""
+        self.stopped = True
 
     def save(self) -> None:
         """Write the checkpoint beside the old one, then replace it."""
@@ -203,17 +208,18 @@ def train(run: Run) -> None:
     """Until the budget is spent."""
     pictures = {kind: Pictures(run.args.run / "latents", kind, run.rng) for kind in BATCH}
     compute = torch.compile(run.model, dynamic=False) if run.args.compile else run.model
-    last_save = time.time()
+    last_save, ready = time.time(), set()
     with (run.args.run / "transformer.csv").open("a", newline="") as handle:
         writer = csv.writer(handle)
-        while run.progress < 1:
+        while run.progress < 1 and not run.stopped:
             start = time.time()
-            if run.step % 50 == 0:
+            if run.step % 50 == 0 or not ready:
                 ready = {kind for kind, source in pictures.items() if source.refresh()}
             kinds = {kind: weight for kind, weight in mixture(run.progress).items() if kind in ready}
             kind = str(run.rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values())))
             run.set_rate()
-            loss = velocity_loss(run.model, run.captions, pictures[kind], compute)
+            # wide pictures come in several shapes and seldom: not worth compiling
+            loss = velocity_loss(run.captions, pictures[kind], run.model if kind == "wide" else compute)
             run.model.zero_grad(set_to_none=True)
             loss.backward()
             for optimizer in run.optimizers:
@@ -244,6 +250,7 @@ def main() -> None:
     args = parser.parse_args()
     run = Run(args)
     run.load()
+    signal.signal(signal.SIGTERM, run.stop)
     train(run)
 
 
