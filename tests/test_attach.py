@@ -455,6 +455,15 @@ def test_a_compiled_block_gives_the_eager_picture_and_is_counted(inputs: dict[st
         torch.compiler.reset()
 
 
+def test_a_compiled_model_is_reached_through_its_wrapper(model: Any, inputs: dict[str, Any]) -> None:
+    dense, wrapper = run(model, inputs), torch.compile(model, backend="eager")
+    handle = gensparse.apply(wrapper, SMALL)
+    assert not torch.equal(run(model, inputs), dense)
+    assert handle.report()["calls"]["sparse"] == 4
+    gensparse.remove(wrapper)
+    assert torch.equal(run(model, inputs), dense)
+
+
 def test_fused_projections_stay_sparse(model: Any, inputs: dict[str, Any]) -> None:
     handle = gensparse.apply(model, SMALL, strict=True)
     sparse = run(model, inputs)
