@@ -36,6 +36,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from gensparse.attach import applied
 from gensparse.errors import ConfigError, NumericsError
 from gensparse.families.flux import native_tokens
 from gensparse.highres import resample, vae_tiles
@@ -559,8 +560,6 @@ class FluxHighresPipeline(FluxPipeline):
     def _sparse(self, method: Method | None, run: Run) -> AbstractContextManager:
         if method is None:
             return nullcontext()
-        from gensparse.attach import applied
-
         return applied(self, method, dense_steps=run.dense_steps, dense_layers=run.dense_layers)
 
     def _report(self, index: int, stage: Stage, method: Method | None = None, handle: Any = None) -> None:

@@ -275,7 +275,6 @@ class _Walk:
     ) -> None:
         self.layers, self.source, self.start = layers, source, 0
         self.tile, self.map_bytes, self.device = tile, map_bytes, device
-        self.picture = max(height for height, _ in lengths(layers, source.shape))
         self.norms: Norms = {}
 
     def strips(self) -> Strips:
@@ -283,7 +282,7 @@ class _Walk:
         self._settle()
         part, strip = self.layers[self.start :], None
         shape = lengths(part, self.source.shape)[-1]
-        for rows, columns in self._tiles(shape):
+        for rows, columns in self._tiles(part):
             for cols in columns:
                 piece = run_tile(part, self.norms, self.source, rows, cols, offset=self.start)[0]
                 if cols[0] == 0:
@@ -314,7 +313,7 @@ class _Walk:
         part = self.layers[self.start : stop]
         shape = lengths(part, self.source.shape)[-1]
         store: list[torch.Tensor] | None = None
-        for number, (rows, cols) in enumerate((r, c) for r, columns in self._tiles(shape) for c in columns):
+        for number, (rows, cols) in enumerate((r, c) for r, columns in self._tiles(part) for c in columns):
             state = run_tile(part, self.norms, self.source, rows, cols, offset=self.start)
             if number == 0:
                 store = _allocate(state, shape, limit)
@@ -332,13 +331,11 @@ class _Walk:
         state = layer.run(self.source.read((0, height), (0, width)), None, None)
         self.source, self.start = Map(tuple(t.cpu() for t in state), self.device), self.start + 1
 
-    def _tiles(self, shape: tuple[int, int]) -> Iterator[tuple[Span, list[Span]]]:
-        """Rows of tiles of a map: (row span, column spans).
-
-        A tile of the picture shrinks with the map, but not below 128: halos weigh more on coarse maps.
-        """
-        height, width = shape
-        side = min(self.tile, max(128, self.tile * height // self.picture))
+    def _tiles(self, part: Sequence[Layer]) -> Iterator[tuple[Span, list[Span]]]:
+        """Rows of output tiles of a pass over `part`: (row span, column spans); its finest map gets tiles of `tile`."""
+        shapes = lengths(part, self.source.shape)
+        height, width = shapes[-1]
+        side = max(1, self.tile * height // max(rows for rows, _ in shapes))
         columns = [(x, min(x + side, width)) for x in range(0, width, side)]
         for top in range(0, height, side):
             yield (top, min(top + side, height)), columns
