@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gensparse.errors import BackendError, ConfigError, LayoutMismatchError
 from gensparse.kernels import halo, partition, plan_loop, reference
+from gensparse.kernels.blocks import Work
 from gensparse.kernels.need import Need
 from gensparse.kernels.pool import pool_keys
 from gensparse.patterns.base import Source
@@ -21,11 +22,24 @@ Sources = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 Result = tuple[Tensor, Tensor | None]
 
 
+class Call(NamedTuple):
+    """The checked arguments of one call; k, v and key_bias cover the sources too."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan
+    groups: Tensor | None
+    key_bias: Tensor | None
+    scale: float | None
+    return_lse: bool
+
+
 class Backend(NamedTuple):
-    """A way to run a plan: its refusal, and its call (q, k, v, plan, groups, key_bias, scale, return_lse)."""
+    """A way to run a plan: why it cannot serve a call, and the call itself."""
 
     why_not: Callable[[Need], str | None]
-    run: Callable[..., Result]
+    run: Callable[[Call], Result]
 
 
 def sparse_attention(
@@ -68,8 +82,8 @@ def sparse_attention(
     elif sources:
         raise ConfigError(f"sources={sorted(sources)} are given but the plan has none; leave sources out.")
     need = _need(q, k, v, plan, key_bias, return_lse)
-    chosen = BACKENDS[backend or _choose(plan, need)] if backend is None else _explicit(backend, need)
-    out, lse = chosen.run(q, k, v, plan, groups, key_bias, scale, return_lse)
+    chosen = BACKENDS[_choose(plan, need)] if backend is None else _explicit(backend, need)
+    out, lse = chosen.run(Call(q, k, v, plan, groups, key_bias, scale, return_lse))
     return (out, lse) if return_lse else out
 
 
@@ -201,31 +215,46 @@ def _source_bias(k: Tensor, plan: Plan, key_bias: Tensor | None) -> Tensor | Non
 def _log_counts(plan: Plan, source: Source, device: torch.device) -> Tensor:
     """ln(tokens in every cell) of a source, or zeros."""
     if source.bias != "log_count":
-        return torch.zeros(source.segment.length, device=device)
+        return torch.zeros(source.segment.length, dtype=torch.float64, device=device)
     grid = plan.layout.segments[source.of].shape
     counts = [
-        (length - torch.arange(0, length, cell)).clamp_max(cell).float()
+        (length - torch.arange(0, length, cell)).clamp_max(cell).double()
         for length, cell in zip(grid, source.cells, strict=True)
     ]
     cells = counts[0][:, None, None] * counts[1][:, None] * counts[2]
     return cells.log().reshape(-1).to(device)
 
 
-def _run_partition(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
-    works = plan.partition()
-    return partition.attend(q, k, v, works, groups=groups, key_bias=key_bias, scale=scale, return_lse=return_lse)
+def _run_works(attend: Callable[..., Result], works: tuple[Work, ...] | None, call: Call) -> Result:
+    assert works is not None, "why_not answers for plans without the form"
+    return attend(
+        call.q,
+        call.k,
+        call.v,
+        works,
+        groups=call.groups,
+        key_bias=call.key_bias,
+        scale=call.scale,
+        return_lse=call.return_lse,
+    )
 
 
-def _run_halo(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
-    return halo.attend(q, k, v, plan.halo(), groups=groups, key_bias=key_bias, scale=scale, return_lse=return_lse)
+def _run_partition(call: Call) -> Result:
+    return _run_works(partition.attend, call.plan.partition(), call)
 
 
-def _run_plan_loop(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
-    return plan_loop.attend(q, k, v, plan.lists, groups=groups, key_bias=key_bias, scale=scale)
+def _run_halo(call: Call) -> Result:
+    return _run_works(halo.attend, call.plan.halo(), call)
 
 
-def _run_reference(q, k, v, plan: Plan, groups, key_bias, scale, return_lse) -> Result:
-    return reference.attend(q, k, v, plan.dense_mask, groups=groups, key_bias=key_bias, scale=scale)
+def _run_plan_loop(call: Call) -> Result:
+    options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
+    return plan_loop.attend(call.q, call.k, call.v, call.plan.lists, **options)
+
+
+def _run_reference(call: Call) -> Result:
+    options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
+    return reference.attend(call.q, call.k, call.v, call.plan.dense_mask, **options)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -10,7 +10,7 @@ from .dense import attend_block, compute_dtype, splits_scores
 from .finite import contained
 from .heads import Heads, group_rows, heads_first, heads_last, in_order
 
-CHUNK_BYTES = 1 << 22  # gathered keys, values and scores of one step and pair of threads: stays near the cache
+CHUNK_BYTES = 1 << 23  # gathered keys, values and scores of one step and pair of threads: stays near the cache
 
 
 class Tiles(Protocol):

@@ -59,17 +59,34 @@ def attend_block(
 def _by_products(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: bool, hide: bool
 ) -> tuple[Tensor, Tensor | None]:
-    scores = torch.matmul(q, k.transpose(-1, -2))
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = scores.to(wide) * scale if bias is None else torch.add(bias, scores, alpha=scale)
+    scores, shift = _scores(q, k, scale)
+    scores = scores.to(wide) if bias is None else scores + bias
     empty = torch.isneginf(bias).all(dim=-1, keepdim=True) if hide else None
     if empty is not None:  # a softmax over nothing is NaN, in its gradient too
         scores = scores.masked_fill(empty, 0.0)
     out = torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
-    total = torch.logsumexp(scores, dim=-1) if lse else None
+    total = torch.logsumexp(scores, dim=-1) + shift if lse else None
     if empty is None:
         return out, total
     return out.masked_fill(empty, 0.0), total.masked_fill(empty[..., 0], float("-inf")) if lse else None
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor | float]:
+    """scale * q k^T - shift in q.dtype [heads, blocks, queries, keys], and the shift, which a softmax ignores.
+
+    A product rounded to half precision is off by a fraction of itself, so rows are moved by about their maximum before
+    rounding: logits that carry weight become small. The keys in the middle, nearest to the queries, give the estimate.
+    """
+    q3, k3 = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+    if q.dtype.itemsize > 2:
+        return torch.baddbmm(q3.new_zeros(1), q3, k3, beta=0, alpha=scale).unflatten(0, q.shape[:2]), 0.0
+    keys = k.shape[2]
+    middle = slice(keys * 3 // 8, max(keys * 5 // 8, keys * 3 // 8 + 1))
+    with torch.no_grad():
+        shift = torch.bmm(q3, k3[:, :, middle]).amax(dim=-1, keepdim=True) * scale
+    scores = torch.baddbmm(-shift.expand(-1, -1, keys), q3, k3, alpha=scale)
+    return scores.unflatten(0, q.shape[:2]), shift.float()[..., 0].unflatten(0, q.shape[:2])
 
 
 @cache

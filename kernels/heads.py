@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """q, k, v as [B*H, S, D] with contiguous tokens, and key_bias as fp32 [B*H, Nk] or None."""
+    """q, k, v as [B*H, S, D] with contiguous tokens, and key_bias in at least fp32 [B*H, Nk] or None."""
 
     q: Tensor
     k: Tensor
@@ -28,7 +28,8 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None)
     repeat = heads // k.shape[2]
     k, v = (_flat(x if repeat == 1 else x.repeat_interleave(repeat, dim=2)) for x in (k, v))
     if key_bias is not None:
-        key_bias = key_bias.to(torch.float32).expand(batch, heads, -1).reshape(batch * heads, -1)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        key_bias = key_bias.to(wide).expand(batch, heads, -1).reshape(batch * heads, -1)
     return Heads(_flat(q), k, v, key_bias)
 
 

@@ -19,6 +19,6 @@ def merge_lse(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     nothing = torch.isneginf(lses).all(dim=0)  # kept out of the arithmetic, whose gradient would be NaN
     parts = lses.masked_fill(nothing, 0.0)
     lse = torch.logsumexp(parts, dim=0)
-    weight = torch.exp(parts - lse).masked_fill(nothing, 0.0)
+    weight = torch.softmax(parts, dim=0).masked_fill(nothing, 0.0)
     out = (weight[..., None] * outs.to(weight.dtype)).sum(dim=0)
     return out.to(outs.dtype), lse.masked_fill(nothing, float("-inf"))

@@ -127,12 +127,9 @@ class Plan:
         return build_plan(self.pattern, self.layout, q_tile=q_tile, k_tile=k_tile).stats()
 
     def to(self, device: torch.device | str) -> "Plan":
-        """The plan on another device."""
+        """The plan on another device; plans moved lately are kept."""
         device = torch.device(device)
-        if device == self.device:
-            return self
-        moved = TileLists(*(x.to(device) for x in self.lists))
-        return replace(self, lists=moved, order=self.order.to(device))
+        return self if device == self.device else _moved(self, device)
 
     @cached_property
     def _halo(self) -> tuple[Work, ...] | str:
@@ -207,6 +204,12 @@ def _cached(request: _Request) -> Plan:
     return Plan(request.pattern, request.layout, lists, order, q_shape, k_shape, useful, rule)
 
 
+@lru_cache(maxsize=CACHED_PLANS)
+def _moved(plan: Plan, device: torch.device) -> Plan:
+    lists = TileLists(*(x.to(device) for x in plan.lists))
+    return replace(plan, lists=lists, order=plan.order.to(device))
+
+
 def _shapes(rule: Rule, request: _Request, q_size: int, k_size: int, step: Grid) -> tuple[Grid, Grid]:
     q_shape, k_shape = (tile if isinstance(tile, tuple) else None for tile in (request.q_tile, request.k_tile))
     if q_shape is not None and k_shape is not None:
@@ -216,10 +219,14 @@ def _shapes(rule: Rule, request: _Request, q_size: int, k_size: int, step: Grid)
 
 
 def _tile_size(name: str, tile: Tile, default: int) -> int:
-    """Slots of a tile: a power of two from 32 to 256 that holds the shape."""
-    size = default if tile is None else prod(tile) if isinstance(tile, tuple) else tile
-    slots = max(32, 1 << (size - 1).bit_length()) if isinstance(tile, tuple) and size > 0 else size
-    if isinstance(slots, bool) or slots not in (32, 64, 128, 256):
+    """Slots of a tile: 32, 64, 128 or 256, enough for the shape where one is given."""
+    if tile is None:
+        return default
+    if isinstance(tile, tuple) and len(tile) == 3 and all(type(n) is int and n > 0 for n in tile):
+        slots = max(32, 1 << (prod(tile) - 1).bit_length())
+    else:
+        slots = tile
+    if type(slots) is not int or slots not in (32, 64, 128, 256):
         raise ConfigError(
             f"build_plan {name}={tile!r} is not allowed; pass 32, 64, 128 or 256 tokens, or a shape (F, H, W) of at "
             "most 256."

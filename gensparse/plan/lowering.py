@@ -21,7 +21,7 @@ from gensparse.plan.search import fitting, shapes_of
 from gensparse.plan.signature import combine, signature
 from gensparse.plan.tiles import SegmentTiles, raster, slot_coords
 
-HALO_SIZES = (16, 32, 64, 128, 256)  # queries of a tile
+HALO_SIZES = (32, 64, 128, 256)  # queries of a tile
 QUERY_OVERHEAD = 24  # queries' worth of time that fetching one key costs
 MASK_LIMIT = 64 << 20  # bytes of masks
 WASTE_LIMIT = 4.0  # pairs in the key boxes per pair that the tile lists visit
