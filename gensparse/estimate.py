@@ -27,7 +27,7 @@ class Architecture(Protocol):
 
     in_channels: int
     vae_channels: tuple[int, ...]
-    vae_layers: int
+    vae_convs: tuple[int, ...]
     encoder_params: int
 
     @property
@@ -187,14 +187,9 @@ def resident_bytes(arch: Architecture, size: int, offload: str) -> int:
 
 
 def decode_flops(arch: Architecture) -> float:
-    """FLOP per pixel of the decoder: 3x3 convolutions of its residual blocks at every level."""
-    count = arch.vae_layers + 1
-    total, levels = 0.0, len(arch.vae_channels)
-    for level, channels in enumerate(arch.vae_channels):
-        share = 4.0**-level
-        blocks = count + (2 if level == levels - 1 else 0)
-        total += share * 18.0 * channels**2 * (2 * blocks + 1)
-    return total
+    """FLOP per pixel of the decoder: its 3x3 convolutions at every level."""
+    levels = enumerate(zip(arch.vae_channels, arch.vae_convs, strict=True))
+    return sum(18.0 * channels**2 * convs * 4.0**-level for level, (channels, convs) in levels)
 
 
 def decode_bytes(arch: Architecture, height: int, width: int, size: int) -> int:

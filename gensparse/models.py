@@ -32,7 +32,7 @@ class Architecture:
     guidance_embeds: bool = True
     vae_class: str = "AutoencoderKL"
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
-    vae_layers: int = 2
+    vae_convs: tuple[int, ...] = (7, 7, 7, 11)  # 3x3 convolutions of the decoder per level, full resolution first
     encoder_params: int = 4_885_000_000  # T5-XXL 4.76 B and CLIP-L 0.12 B
 
     @property
@@ -102,7 +102,18 @@ REGISTRY: dict[str, ModelInfo] = {
             guidance=3.5,
             max_sequence_length=32,
             unconditional=True,
-            architecture=replace(_DISTILLED, double_blocks=2, single_blocks=6, heads=6, head_dim=32),
+            architecture=replace(
+                _DISTILLED,
+                double_blocks=2,
+                single_blocks=6,
+                heads=3,
+                head_dim=64,
+                in_channels=32,
+                vae_class="AutoencoderTiny",
+                vae_channels=(32, 32, 32, 32),
+                vae_convs=(4, 7, 10, 13),
+                encoder_params=3_000_000,
+            ),
         ),
         ModelInfo("flux.1-dev", "flux", "black-forest-labs/FLUX.1-dev", _FLUX_DEV, "12 B parameters, guided"),
         ModelInfo(
@@ -349,7 +360,6 @@ def architecture(folder: Path, name: str, index: Mapping[str, Any]) -> Architect
     vae_class = str(vae.get("_class_name", "AutoencoderKL"))
     tiny = vae_class == "AutoencoderTiny"
     channels = vae.get("decoder_block_out_channels" if tiny else "block_out_channels") or (128, 256, 512, 512)
-    blocks = vae.get("num_decoder_blocks" if tiny else "layers_per_block") or 2
     encoders = {"text_encoder", "text_encoder_2"} & set(index)
     try:
         return Architecture(
@@ -361,11 +371,22 @@ def architecture(folder: Path, name: str, index: Mapping[str, Any]) -> Architect
             guidance_embeds=bool(dit.get("guidance_embeds", False)),
             vae_class=vae_class,
             vae_channels=tuple(int(c) for c in channels),
-            vae_layers=int(max(blocks)) if isinstance(blocks, (list, tuple)) else int(blocks),
+            vae_convs=_tiny_convs(vae) if tiny else _kl_convs(vae, len(channels)),
             encoder_params=sum(_stored_bytes(folder / part) for part in encoders) // 2,
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"model {name!r}: its configs hold impossible sizes ({error}); download it again") from error
+
+
+def _tiny_convs(vae: Mapping[str, Any]) -> tuple[int, ...]:
+    """AutoencoderTiny: three convolutions per block and one behind them; its list starts at the lowest level."""
+    return tuple(3 * int(count) + 1 for count in reversed(vae.get("num_decoder_blocks") or (3, 3, 3, 1)))
+
+
+def _kl_convs(vae: Mapping[str, Any], levels: int) -> tuple[int, ...]:
+    """AutoencoderKL: two per residual block, one for upsampling, and the middle block at the lowest level."""
+    each = 2 * (int(vae.get("layers_per_block") or 2) + 1) + 1
+    return (each,) * (levels - 1) + (each + 4,)
 
 
 def _stored_bytes(folder: Path) -> int:

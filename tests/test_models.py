@@ -1,6 +1,7 @@
 """The registry and what may be loaded: pickles, foreign code, unsupported families, offline and gated hubs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_flux_has_the_published_number_of_weights() -> None:
     flux = Architecture()
     assert flux.transformer_params == pytest.approx(11.9e9, rel=0.02)
     assert (flux.width, flux.layers, flux.multiple) == (3072, 57, 16)
+
+
+def test_registry_knows_the_shipped_model() -> None:
+    from gensparse.engine import open_model
+    from gensparse.request import GenerateRequest
+
+    shipped = open_model(GenerateRequest(), weights=True).info.architecture
+    listed = REGISTRY["embedded"].architecture
+    assert replace(shipped, encoder_params=0) == replace(listed, encoder_params=0)
 
 
 @pytest.mark.parametrize("alias", [name for name in REGISTRY if name != "embedded"])

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from gensparse.cli.output import print_err
+from gensparse.cli.output import print_err, warn
 from gensparse.cli.state import STATE
 
 MIN_SECONDS = 0.1  # between two redraws of the line
@@ -27,12 +27,19 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         if self._live and self._used:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
 
     def on_event(self, event: Any) -> None:
         """Take one `gensparse.engine.Event`."""
+        if event.phase == "warning":
+            self._clear()
+            warn([event.text])
+            return
         if STATE.interrupts is not None and event.phase != "load":
             STATE.interrupts.deferred = True  # from here on a finished step is worth waiting for
         if self._live:

@@ -46,7 +46,6 @@ def _run_one(runner: "Runner", request: Request, flags: Mapping[str, Any]) -> No
     if target.paths:
         show_result(result)
     else:
-        output.warn(result.warnings)
         output.write_bytes(_encoded(result.outputs[0], target.image_format, request, flags))
 
 
@@ -90,8 +89,7 @@ def _encoded(item: "Output", kind: str, request: Request, flags: Mapping[str, An
 
 # ------------------------------------------------------------------------------------------------------------- results
 def show_result(result: "Result") -> None:
-    """The result on stdout in the format in force, warnings and the summary on stderr."""
-    output.warn(result.warnings)
+    """The result on stdout in the format in force, a summary on stderr."""
     if STATE.output == "json":
         output.print_json(result.to_dict())
         return

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def load_pipeline(ref: ModelRef, dtype: str, device: str, offload: str, lora: Sequence[str]) -> Any:
     """Load the high-resolution pipeline of a checked model. Raises ModelError when the files do not load."""
-    pipe = _load_weights(ref, torch_dtype(dtype))
+    with _no_bars():
+        pipe = _load_weights(ref, torch_dtype(dtype))
     for item in lora:
         _load_lora(pipe, item)
     _place(pipe, device, offload)
@@ -31,31 +32,32 @@ def _load_weights(ref: ModelRef, dtype: "torch.dtype") -> Any:
 
         return FluxHighresPipeline.from_pipe(load_embedded(torch_dtype=dtype))
     try:
-        with _no_bars():
-            return FluxHighresPipeline.from_pretrained(
-                ref.folder,
-                dtype=dtype,
-                use_safetensors=True,
-                variant=ref.variant,
-                local_files_only=True,
-                trust_remote_code=ref.remote_code,
-            )
+        return FluxHighresPipeline.from_pretrained(
+            ref.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=ref.variant,
+            local_files_only=True,
+            trust_remote_code=ref.remote_code,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {ref.name!r} could not be loaded ({_first_line(error)}); download it again") from error
 
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the loading bars of diffusers, which would draw over our own progress."""
-    from diffusers.utils import logging
+    """Without the loading bars of diffusers and transformers, which would draw over our own progress."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [library for library in (ours, theirs) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def parse_lora(text: str) -> tuple[str, float]:

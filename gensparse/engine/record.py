@@ -38,24 +38,29 @@ def build_metadata(
     return out
 
 
-def prompt_warnings(ref: ModelRef, pipe: Any, request: Request) -> list[str]:
-    """Words the embedded model does not know, and how much of a long prompt is not read."""
-    out = []
-    if ref.embedded and request.prompt:
-        from gensparse.embedded import unknown_words
+def word_warnings(ref: ModelRef, request: Request) -> list[str]:
+    """Words of the prompt that the embedded model does not know; needs no weights."""
+    if not ref.embedded or not request.prompt:
+        return []
+    from gensparse.embedded import unknown_words
 
-        for word, near in unknown_words(request.prompt).items():
-            hint = f"did you mean {', '.join(near)}?" if near else "see `gensparse models show embedded`"
-            out.append(f"the embedded model does not know {word[:40]!r}; {hint}")
-    tokenizer = getattr(pipe, "tokenizer_2", None) or getattr(pipe, "tokenizer", None)
-    if tokenizer is not None and request.prompt:
-        count = len(tokenizer(request.prompt, truncation=False, verbose=False)["input_ids"])
-        if count > ref.info.max_sequence_length:
-            limit = ref.info.max_sequence_length
-            out.append(
-                f"the prompt has {count} tokens and the model reads {limit}: the last {count - limit} are ignored"
-            )
+    out = []
+    for word, near in unknown_words(request.prompt).items():
+        hint = f"did you mean {', '.join(near)}?" if near else "see `gensparse models show embedded`"
+        out.append(f"the embedded model does not know {word[:40]!r}; {hint}")
     return out
+
+
+def length_warnings(ref: ModelRef, pipe: Any, request: Request) -> list[str]:
+    """How much of a long prompt the model does not read."""
+    tokenizer = getattr(pipe, "tokenizer_2", None)
+    if tokenizer is None or not request.prompt:
+        return []
+    count = len(tokenizer(request.prompt, truncation=False, verbose=False)["input_ids"])
+    limit = ref.info.max_sequence_length
+    if count <= limit:
+        return []
+    return [f"the prompt has {count} tokens, the model reads {limit}: the last {count - limit} are ignored"]
 
 
 def reproduction_warnings(metadata: Mapping[str, Any]) -> list[str]:

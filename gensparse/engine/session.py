@@ -12,7 +12,7 @@ from gensparse import image_io
 from gensparse.engine.call import call_arguments, finish_picture, padded_source
 from gensparse.engine.loading import check_lora, load_pipeline
 from gensparse.engine.machine import is_out_of_memory, peak_memory, versions
-from gensparse.engine.record import build_metadata, prompt_warnings
+from gensparse.engine.record import build_metadata, length_warnings, word_warnings
 from gensparse.engine.resolve import OFFLOAD_LADDER, estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
 from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
@@ -106,11 +106,12 @@ class _Job:
 
     def run(self) -> Result:
         started = time.perf_counter()
-        self.warnings += self.resolved.warnings
-        if self.source is not None:
-            self.warnings += self.source.warnings
+        ref, request = self.session.ref, self.resolved.request
+        self._warn(
+            *self.resolved.warnings, *(self.source.warnings if self.source else ()), *word_warnings(ref, request)
+        )
         self._load()
-        self.warnings += prompt_warnings(self.session.ref, self.session.pipe, self.resolved.request)
+        self._warn(*length_warnings(ref, self.session.pipe, request))
         status = "ok"
         try:
             for index, seed in enumerate(self.resolved.seeds):
@@ -164,7 +165,7 @@ class _Job:
             return image
         with float32_vae(self.session.pipe) as changed:
             if changed:
-                self.warnings.append(f"the autoencoder gave {problem} in {self.resolved.dtype}: decoded again in fp32")
+                self._warn(f"the autoencoder gave {problem} in {self.resolved.dtype}: decoded again in fp32")
                 image, problem = self._call(request, seed, store)
         if image is not None:
             return image
@@ -195,6 +196,12 @@ class _Job:
         return (image, None) if problem is None else (None, problem)
 
     # -- helpers
+    def _warn(self, *texts: str) -> None:
+        for text in texts:
+            if text not in self.warnings:
+                self.warnings.append(text)
+                self.emit(Event("warning", text=text))
+
     def emit(self, event: Event) -> None:
         if self.on_event is not None:
             self.on_event(replace(event, picture=self.index, pictures=len(self.resolved.seeds)))
@@ -233,7 +240,7 @@ class _Job:
             return False
         session.offload = OFFLOAD_LADDER[OFFLOAD_LADDER.index(session.offload) + 1]
         session.close()
-        self.warnings.append(f"out of memory: continued with --offload {session.offload}")
+        self._warn(f"out of memory: continued with --offload {session.offload}")
         return True
 
     def _wont_fit(self, error: BaseException) -> WontFitError:
@@ -276,7 +283,7 @@ class _Job:
             peak_memory(self.session.device),
             {"stages": self.reports},
             versions(),
-            tuple(dict.fromkeys(self.warnings)),
+            tuple(self.warnings),
         )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Event:
     """Progress of a running request; `eta` is in seconds for everything that is left, None when unknown."""
 
-    phase: str  # load | start | step | decode | write
+    phase: str  # load | start | step | decode | write | warning
     picture: int = 0
     pictures: int = 1
     stage: int = 0
@@ -26,6 +26,7 @@ class Event:
     height: int = 0
     width: int = 0
     eta: float | None = None
+    text: str = ""  # of a warning
 
 
 @dataclass(frozen=True)

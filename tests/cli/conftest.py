@@ -38,8 +38,8 @@ def cli(workdir: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
     def run(*arguments: object) -> Ran:
         before = dict(os.environ)
-        capfd.readouterr()
         words = [str(tiny_folder()) if word == "TINY" else str(word) for word in arguments]
+        capfd.readouterr()
         try:
             with pytest.raises(SystemExit) as stop:
                 main(words)
