@@ -14,21 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from muon import Muon
 from text import Captions, clip_encoder, t5_encoder
 
-from gensparse.embedded.scenes import caption, random_scene
+from gensparse.embedded.scenes import Scene, caption, random_scene
 
 # share of the time budget after which a mixture holds -> probability of each kind of batch
 STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {"whole": 1.0}),
-    (0.55, {"native": 0.4, "wide": 0.15, "close": 0.3, "whole": 0.15}),
+    (0.55, {"native": 0.55, "wide": 0.05, "close": 0.15, "whole": 0.25}),
 )
+NATIVE_TOKENS = 16  # per scene unit
 BATCH = {"whole": 64, "native": 32, "wide": 32, "close": 32}
 SIGMA = {"whole": (0.2, 1.1), "native": (0.3, 1.1), "wide": (0.3, 1.1), "close": (-0.3, 1.0)}
 EMA_DECAY = 0.998
+SUBJECT_WEIGHT = 4.0  # of a token that shows part of a subject, against 1 for background: shapes are what is hard
 
 
 class Model(torch.nn.Module):
@@ -104,12 +105,13 @@ class Pictures:
                 with np.load(path) as data:
                     shard = {name: data[name] for name in data.files}
                 shard["scenes"] = [random_scene(int(s), float(shard["aspect"])) for s in shard["seeds"]]
+                shard["weights"] = token_weights(shard)
                 self.shards.append(shard)
                 self.seen.add(path.name)
         return len(self.shards)
 
-    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """(latents [B, N, 32], ids [N, 3], captions); pictures of a batch share their position ids."""
+    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """(latents [B, N, 32], ids [N, 3], weights [B, N], captions); pictures of a batch share their position ids."""
         shard = self.shards[self.rng.integers(len(self.shards))]
         groups, total = len(shard["ids"]), len(shard["seeds"])
         group = int(self.rng.integers(groups))
@@ -118,12 +120,33 @@ class Pictures:
         latents = torch.from_numpy(shard["latents"][picks]).float()
         ids = torch.zeros(latents.shape[1], 3)
         ids[:, 1:] = torch.from_numpy(shard["ids"][group])
-        return latents, ids, [caption(shard["scenes"][i], int(self.rng.integers(1 << 31))) for i in picks]
+        weights = torch.from_numpy(shard["weights"][picks])
+        return latents, ids, weights, [caption(shard["scenes"][i], int(self.rng.integers(1 << 31))) for i in picks]
 
 
-def velocity_loss(captions: Captions, pictures: Pictures, compute: torch.nn.Module) -> torch.Tensor:
-    """Mean squared error of the predicted velocity on one batch, noise levels logit-normal."""
-    latents, ids, words = pictures.batch(BATCH[pictures.kind])
+def token_weights(shard: dict) -> np.ndarray:
+    """Loss weights [N, tokens] of mean 1 per picture, larger where a subject is."""
+    size = len(shard["seeds"]) // len(shard["ids"])
+    weights = [_weights(scene, shard["ids"][i // size]) for i, scene in enumerate(shard["scenes"])]
+    return np.stack(weights).astype(np.float32)
+
+
+def _weights(scene: Scene, ids: np.ndarray) -> np.ndarray:
+    centres = (ids + 0.5) / NATIVE_TOKENS
+    half_token = float(np.abs(ids[1] - ids[0]).max()) / NATIVE_TOKENS / 2
+    shown = np.zeros(len(ids), bool)
+    for subject in scene.subjects:
+        centre = (subject.y * scene.extent[0], subject.x * scene.extent[1])
+        shown |= np.abs(centres - centre).max(-1) < subject.radius * 1.05 + half_token
+    weights = np.where(shown, SUBJECT_WEIGHT, 1.0)
+    return weights / weights.mean()
+
+
+def velocity_loss(
+    captions: Captions, pictures: Pictures, compute: torch.nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted, plain) mean squared error of the predicted velocity on one batch, noise levels logit-normal."""
+    latents, ids, weights, words = pictures.batch(BATCH[pictures.kind])
     clip_ids, t5_ids = captions(words)
     mean, std = SIGMA[pictures.kind]
     sigma = torch.sigmoid(torch.randn(len(latents)) * std + mean)
@@ -131,7 +154,8 @@ def velocity_loss(captions: Captions, pictures: Pictures, compute: torch.nn.Modu
     level = sigma[:, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         out = compute((1 - level) * latents + level * noise, sigma, ids, clip_ids, t5_ids)
-    return F.mse_loss(out.float(), noise - latents)
+    error = (out.float() - (noise - latents)).square().mean(-1)
+    return (error * weights).mean(), error.detach().mean()
 
 
 class Run:
@@ -219,7 +243,7 @@ def train(run: Run) -> None:
             kind = str(run.rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values())))
             run.set_rate()
             # wide pictures come in several shapes and seldom: not worth compiling
-            loss = velocity_loss(run.captions, pictures[kind], run.model if kind == "wide" else compute)
+            loss, plain = velocity_loss(run.captions, pictures[kind], run.model if kind == "wide" else compute)
             run.model.zero_grad(set_to_none=True)
             loss.backward()
             for optimizer in run.optimizers:
@@ -227,7 +251,7 @@ def train(run: Run) -> None:
             run.average()
             run.step += 1
             run.spent += time.time() - start
-            writer.writerow([run.step, round(run.spent, 1), kind, round(loss.item(), 5)])
+            writer.writerow([run.step, round(run.spent, 1), kind, round(plain.item(), 5), round(loss.item(), 5)])
             if run.step % 20 == 0:
                 handle.flush()
             if time.time() - last_save > 60 * run.args.save_minutes:
