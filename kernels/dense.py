@@ -14,6 +14,8 @@ from torch import Tensor
 SCORE_BYTES = 1 << 25  # scores of one matrix product that are held at once, 32 MiB
 _SMALL_KEYS = 4096  # above this a row of scores leaves the cache and the fused kernel wins
 
+_LARGE_DIM = 64  # below this the products are too thin to beat the fused kernel
+
 
 def compute_dtype(q: Tensor) -> torch.dtype:
     """The dtype blocks are computed in: the CPU lacks fast fp16, and fast bf16 on most machines."""
@@ -24,7 +26,8 @@ def compute_dtype(q: Tensor) -> torch.dtype:
 
 def splits_scores(q: Tensor, keys: int, lse: bool) -> bool:
     """Whether blocks run as separate products (scores in memory) rather than fused."""
-    return lse or (q.dtype == torch.bfloat16 and q.device.type == "cpu" and keys <= _SMALL_KEYS)
+    fast = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return lse or (fast and keys <= _SMALL_KEYS and q.shape[-1] >= _LARGE_DIM)
 
 
 def attend_block(
