@@ -178,6 +178,18 @@ def test_damaged_stage_is_computed_again(tmp_path: Path) -> None:
     assert (0, 1) in steps.seen
 
 
+def test_old_drafts_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gensparse.engine.stages.KEPT_PICTURES", 2)
+    (tmp_path / "mine").mkdir()
+    for seed in range(4):
+        run(request(seed=(seed,)), OutputOptions(stages_dir=tmp_path))
+    assert len(list(tmp_path.rglob("stage-0.safetensors"))) == 2
+    assert (tmp_path / "mine").is_dir()
+    steps = Steps()
+    run(request(seed=(3,), size="64"), OutputOptions(stages_dir=tmp_path), on_event=steps)
+    assert {stage for stage, _ in steps.seen} == {1}
+
+
 def test_stages_that_cannot_be_kept_are_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="stage 1"):

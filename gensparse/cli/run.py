@@ -11,7 +11,7 @@ from gensparse.cli.paths import Target, plan_target, stage_folders_near
 from gensparse.cli.progress import Progress
 from gensparse.cli.state import STATE
 from gensparse.errors import ConfigError
-from gensparse.request import Request, UpscaleRequest
+from gensparse.request import Request, UpscaleRequest, parse_size
 
 if TYPE_CHECKING:
     from gensparse.engine import Output, OutputOptions, Result, Runner
@@ -27,7 +27,7 @@ def run_requests(requests: Sequence[Request], flags: Mapping[str, Any]) -> None:
         if isinstance(request, UpscaleRequest):
             image_io.check_image(request.image)
     if "from_file" in flags:
-        _warn_of_differences(flags["from_file"])
+        _warn_of_differences(flags["from_file"], requests[0])
     runner = Runner()
     for request in requests:
         _run_one(runner, request, flags)
@@ -73,10 +73,19 @@ def _on(flags: Mapping[str, Any], name: str) -> bool:
     return bool(flags.get(name, False))
 
 
-def _warn_of_differences(source: Path) -> None:
+def _warn_of_differences(source: Path, request: Request) -> None:
+    """Say before the work why the result will not be the picture it starts from."""
     from gensparse.engine import reproduction_warnings
 
-    output.warn(reproduction_warnings(image_io.read_metadata(source)))
+    metadata = image_io.read_metadata(source)
+    output.warn(reproduction_warnings(metadata))
+    before = metadata["request"].get("size")
+    if request.kind != "generate" or not before or not request.size:
+        return
+    (height, width), _ = parse_size(before).resolve(base=(1, 1), multiple=1)
+    (new_height, new_width), _ = parse_size(request.size).resolve(base=(height, width), multiple=1)
+    if abs(new_height * width / (height * new_width) - 1) > 0.02:
+        output.warn([f"{source.name} is {width}x{height}: another aspect ratio gives another picture"])
 
 
 def _encoded(item: "Output", kind: str, request: Request, flags: Mapping[str, Any]) -> bytes:

@@ -191,7 +191,7 @@ class _Job:
                 if guard.broken:  # a picture between two stages was broken, not the latents
                     return None, "NaN or infinity"
                 raise
-        image = out.images[0].convert("RGB")
+        image = out.images[0]
         problem = "NaN or infinity" if guard.broken else image_io.picture_problem(image)
         return (image, None) if problem is None else (None, problem)
 

@@ -15,6 +15,9 @@ from gensparse.errors import OutputError
 from gensparse.image_io import Picture
 from gensparse.request import Request
 
+KEPT_PICTURES = 32  # per output folder
+KEY_LENGTH = 24
+
 
 class StageCache:
     """Finished stages of one picture, in memory and in folders: written to the first, read from all.
@@ -79,6 +82,17 @@ class StageCache:
                 if path not in native:
                     path.unlink()
             store.folder.rmdir()  # only when nothing is left
+        _prune(store.folder.parent)
+
+
+def _prune(root: Path) -> None:
+    """Drop the oldest stages of a folder, so that drafts do not pile up."""
+    with contextlib.suppress(OSError):
+        folders = [p for p in root.iterdir() if p.is_dir() and len(p.name) == KEY_LENGTH]
+        for folder in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT_PICTURES:]:
+            for path in folder.glob("stage-*"):
+                path.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _report_path(folder: Path, index: int) -> Path:
@@ -95,4 +109,4 @@ def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> s
     data |= {"device": resolved.device, "threads": torch.get_num_threads(), "versions": versions()}
     data["source"] = source.sha256 if source else None
     data["size"] = resolved.request.size if source else None
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]

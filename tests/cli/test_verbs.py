@@ -54,6 +54,13 @@ def test_draft_then_finish_continues_the_draft(cli: Cli, workdir: Path) -> None:
     assert np.array_equal(np.asarray(Image.open("big.png")), np.asarray(Image.open("whole.png")))
 
 
+def test_draft_of_another_shape_is_said_to_be_another_picture(cli: Cli) -> None:
+    cli("generate", "a red circle", *TINY, "-o", "a.png")
+    ran = cli("generate", "--from", "a.png", "-m", "TINY", "--size", "64x32", "-o", "b.png")
+    assert "another aspect ratio" in ran.err
+    assert "another aspect" not in cli("generate", "--from", "a.png", "-m", "TINY", "--size", "2x", "-o", "c.png").err
+
+
 def test_from_reproduces_bit_for_bit(cli: Cli) -> None:
     cli("generate", "a red circle", *TINY, "--size", "48x80", "--steps", "2", "-o", "a.png")
     for source in ("a.png", "a.json"):
