@@ -372,7 +372,6 @@ def write_image(
     *,
     image_format: str | None = None,
     metadata: Mapping[str, Any] | None = None,
-    icc_profile: bytes | None = None,
     from_picture: bool = False,
     overwrite: bool = False,
 ) -> str:
@@ -381,7 +380,7 @@ def write_image(
     check_side(kind, image.height, image.width)
 
     def encode(file: IO[bytes]) -> None:
-        encode_image(image, file, kind, metadata=metadata, icc_profile=icc_profile, from_picture=from_picture)
+        encode_image(image, file, kind, metadata=metadata, from_picture=from_picture)
 
     return write_atomic(path, encode, overwrite=overwrite)
 
@@ -392,11 +391,11 @@ def encode_image(
     image_format: str,
     *,
     metadata: Mapping[str, Any] | None = None,
-    icc_profile: bytes | None = None,
     from_picture: bool = False,
 ) -> None:
-    """Encode a picture with its metadata into an open binary file."""
-    options: dict[str, Any] = {"icc_profile": icc_profile} if icc_profile else {}
+    """Encode a picture, with its colour profile (`image.info`) and metadata, into an open binary file."""
+    profile = image.info.get("icc_profile")
+    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
     if metadata is not None:
         options |= _metadata_options(image_format, metadata, xmp_packet(from_picture=from_picture))
     if image_format == "png":

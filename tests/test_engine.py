@@ -409,14 +409,24 @@ def test_upscaled_size_is_exact(tmp_path: Path, size: tuple[int, int]) -> None:
     assert pixels(tmp_path / "out.png").shape == (2 * size[0], 2 * size[1], 3)
 
 
-def test_upscale_keeps_alpha_and_profile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["png", "webp", "tiff"])
+def test_upscale_keeps_alpha_and_profile(tmp_path: Path, kind: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     source = photo(tmp_path / "in.png", 24, 40, "RGBA", icc_profile=profile)
-    run(upscale(source), OutputOptions(paths=(tmp_path / "out.png",)))
-    out = Image.open(tmp_path / "out.png")
+    target = tmp_path / f"out.{kind}"
+    run(upscale(source), OutputOptions(paths=(target,), image_format=kind))
+    out = Image.open(target)
     assert (out.mode, out.size, out.info["icc_profile"]) == ("RGBA", (80, 48), profile)
     want = Image.open(source).getchannel("A").resize((80, 48), Image.Resampling.LANCZOS)
     assert np.array_equal(np.asarray(out.getchannel("A")), np.asarray(want))
+
+
+def test_upscale_to_jpg_keeps_the_profile(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    source = photo(tmp_path / "in.png", 24, 40, "RGBA", icc_profile=profile)
+    run(upscale(source), OutputOptions(paths=(tmp_path / "out.jpg",), image_format="jpg"))
+    out = Image.open(tmp_path / "out.jpg")
+    assert (out.mode, out.info["icc_profile"]) == ("RGB", profile)
 
 
 def test_upscale_follows_exif_rotation(tmp_path: Path) -> None:

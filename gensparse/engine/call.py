@@ -60,12 +60,13 @@ def padded_source(image: "Image.Image", resolved: Resolved) -> "Image.Image":
 
 
 def finish_picture(image: "Image.Image", source: Picture | None, resolved: Resolved) -> "Image.Image":
-    """Cut the padding off and give back the alpha channel, scaled on its own."""
+    """Cut the padding off and give back colour profile and alpha channel, which is scaled on its own."""
     from PIL import Image
 
     if image.size != (resolved.width, resolved.height):
         image = image.crop((0, 0, resolved.width, resolved.height))
-    if source is None or source.alpha is None:
-        return image
-    image.putalpha(source.alpha.resize(image.size, Image.Resampling.LANCZOS))
+    if source is not None and source.icc_profile:
+        image.info["icc_profile"] = source.icc_profile
+    if source is not None and source.alpha is not None:
+        image.putalpha(source.alpha.resize(image.size, Image.Resampling.LANCZOS))
     return image

@@ -260,7 +260,6 @@ class _Job:
             path,
             image_format=self.output.image_format,
             metadata=metadata if self.output.metadata else None,
-            icc_profile=self.source.icc_profile if self.source else None,
             from_picture=self.source is not None,
             overwrite=self.output.overwrite,
         )
