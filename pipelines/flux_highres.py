@@ -25,7 +25,7 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import is_torch_xla_available, replace_example_docstring
-from diffusers.utils.torch_utils import is_compiled_module
+from diffusers.utils.torch_utils import get_module_execution_device, is_compiled_module
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -78,6 +78,7 @@ CONFIG_FILE = "gensparse.json"
 PATCH = 2  # latent pixels per token and axis
 UNTILED_AREA = 1024 * 1024  # pixels up to which vae_tile="auto" decodes in one piece
 AUTO_TILE, AUTO_TILE_CPU = 1024, 256  # small tiles stay in a CPU's cache
+FEATHER_TILE = 1024
 DENSE_BELOW = 8192  # tokens up to which attention="auto" stays dense, unless the model's config says otherwise
 PROPORTIONAL = ("ntk10", "imax_clip")  # position rules published together with proportional attention
 
@@ -332,7 +333,7 @@ class FluxHighresPipeline(FluxPipeline):
         given, picture = stages, None
         stages = list(given or self.plan(height, width, len(sigmas) if sigmas is not None else num_inference_steps))
         native, target = stages[0], stages[-1]
-        check_size(target.height, target.width, self.token_size)
+        _check_stages(stages, len(sigmas) if sigmas is not None else native.steps, self.token_size)
         self.check_inputs(
             prompt,
             prompt_2,
@@ -398,6 +399,7 @@ class FluxHighresPipeline(FluxPipeline):
                 packed, history = self._denoise_native(stage, noise, keep, run)
             else:
                 guide = self._enlarge(result if k > 0 else picture, stage, run)
+                self._decoded = None
                 packed, history = self._denoise_guided(k, stage, noise, guide, keep, run)
             result = StageResult(k, stage.height, stage.width, run.sigmas, packed.cpu(), history)
             if self.interrupt:
@@ -628,21 +630,24 @@ class FluxHighresPipeline(FluxPipeline):
 
         tile, mode = self._tiling(size, run.vae_tile)
         if tile is None:
-            vae_tiles.wake(self.vae)
             pixels = read((0, size[0]), (0, size[1])).to(run.device, self.vae.dtype)
             latents = vae_tiles.mode_of(self.vae.encode(pixels))
         else:
-            latents = vae_tiles.encode_tiles(self.vae, read, size, tile=tile, mode=mode)
+            device = get_module_execution_device(self.vae)
+            latents = vae_tiles.encode_tiles(self.vae, read, size, tile=tile, mode=mode, device=device)
         return (latents.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def _decode_result(self, result: StageResult, vae_tile: int | str | None) -> torch.Tensor:
         """The stage's pictures [B, 3, H, W] in [-1, 1], float32 on the CPU; kept until the next stage is done."""
-        if self._decoded is None or self._decoded[0] is not result:
+        if not self._is_decoded(result):
             picture = torch.empty(result.latents.shape[0], 3, result.height, result.width)
             for k, sample in enumerate(picture):
                 vae_tiles.fill(self._strips(result, k, vae_tile), sample[None])
             self._decoded = (result, picture.clamp_(-1, 1))
         return self._decoded[1]
+
+    def _is_decoded(self, result: StageResult) -> bool:
+        return self._decoded is not None and self._decoded[0] is result
 
     def preview(self, result: StageResult, max_side: int = 512) -> list[Image.Image]:
         """The pictures of a finished stage, at most `max_side` pixels wide and high."""
@@ -657,12 +662,18 @@ class FluxHighresPipeline(FluxPipeline):
         """(tile in pixels or None for one piece, mode)."""
         if vae_tile is None or (vae_tile == "auto" and size[0] * size[1] <= UNTILED_AREA):
             return None, "exact"
-        if vae_tile == "feather":
-            return 1024, "feather"
-        if vae_tile == "auto":
-            tile = AUTO_TILE_CPU if self._execution_device.type == "cpu" else AUTO_TILE
-            return tile, "exact" if vae_tiles.supports_exact(self.vae) else "feather"
-        return int(vae_tile), "exact"
+        # exact tiles run the network's layers one by one, so their weights must be in place between two calls
+        vae_tiles.wake(self.vae)
+        device = get_module_execution_device(self.vae)
+        in_place = next(self.vae.parameters()).device.type == device.type
+        if vae_tile == "feather" or (vae_tile == "auto" and not (in_place and vae_tiles.supports_exact(self.vae))):
+            return FEATHER_TILE, "feather"
+        if not in_place:
+            raise ConfigError(
+                f"vae_tile={vae_tile} asks for exact tiles, but the autoencoder is offloaded piece by piece; "
+                "leave the VAE out of the offloading, or use vae_tile='feather'."
+            )
+        return (AUTO_TILE_CPU if device.type == "cpu" else AUTO_TILE) if vae_tile == "auto" else int(vae_tile), "exact"
 
     def _raw_latents(self, result: StageResult) -> torch.Tensor:
         latents = self._unpack_latents(result.latents, result.height, result.width, self.vae_scale_factor)
@@ -672,23 +683,22 @@ class FluxHighresPipeline(FluxPipeline):
         tile, mode = self._tiling((result.height, result.width), vae_tile)
         raw = self._raw_latents(result)[sample : sample + 1]
         if tile is None:
-            vae_tiles.wake(self.vae)
-            return iter([(0, self.vae.decode(raw.to(self.vae.device), return_dict=False)[0])])
-        return vae_tiles.decode_strips(self.vae, raw, tile=tile, mode=mode)
+            raw = raw.to(get_module_execution_device(self.vae))
+            return iter([(0, self.vae.decode(raw, return_dict=False)[0])])
+        device = get_module_execution_device(self.vae)
+        return vae_tiles.decode_strips(self.vae, raw, tile=tile, mode=mode, device=device)
 
     def _pictures(self, result: StageResult, output_type: str, vae_tile: int | str | None) -> Any:
         """Decode the final stage; a tiled picture exists once, as bytes for "pil" and as float32 otherwise."""
         if self._tiling((result.height, result.width), vae_tile)[0] is None:
-            vae_tiles.wake(self.vae)
-            raw = self._raw_latents(result).to(self.vae.device)
+            raw = self._raw_latents(result).to(get_module_execution_device(self.vae))
             return self.image_processor.postprocess(self.vae.decode(raw, return_dict=False)[0], output_type=output_type)
         count, size = result.latents.shape[0], (result.height, result.width)
-        if output_type == "pil":
+        if output_type == "pil" and not self._is_decoded(result):
             strips = (self._strips(result, k, vae_tile) for k in range(count))
             buffers = (torch.empty(*size, 3, dtype=torch.uint8) for _ in range(count))
             return [Image.fromarray(vae_tiles.fill_bytes(s, b).numpy()) for s, b in zip(strips, buffers, strict=True)]
-        pictures = self._decode_result(result, vae_tile).mul(0.5).add_(0.5)
-        return pictures if output_type == "pt" else pictures.movedim(1, -1).numpy()
+        return self.image_processor.postprocess(self._decode_result(result, vae_tile), output_type=output_type)
 
     # --- preparation
 
@@ -853,7 +863,7 @@ def _as_picture(image: Any, batch: int) -> torch.Tensor:
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+        image = torch.from_numpy(np.array(image)).movedim(-1, -3)  # a copy: PIL's own bytes are read-only
         image = image.float() / 255 if image.dtype == torch.uint8 else image
     image = image.float().cpu()
     image = image[None] if image.ndim == 3 else image
@@ -879,6 +889,16 @@ def _stages_from(
     within = steps_within(sigmas, strength)
     first = replace(todo[0], steps=within)
     return [first, *(replace(stage, steps=min(stage.steps, within)) for stage in todo[1:])]
+
+
+def _check_stages(stages: Sequence[Stage], steps: int, multiple: int) -> None:
+    for stage in stages:
+        check_size(stage.height, stage.width, multiple)
+        if stage.steps > steps:
+            raise ConfigError(
+                f"The stage {stage.width}x{stage.height} asks for {stage.steps} steps, but the native stage has only "
+                f"{steps}; larger stages run the last part of its sigma list."
+            )
 
 
 def _check_options(position: str, strength, image, guidance_stages, vae_tile, output_type) -> None:

@@ -368,7 +368,13 @@ def supports_exact(vae: nn.Module) -> bool:
 
 
 def decode_strips(
-    vae: nn.Module, latents: torch.Tensor, *, tile: int = 512, mode: str = "exact", map_bytes: int = DEFAULT_MAP_BYTES
+    vae: nn.Module,
+    latents: torch.Tensor,
+    *,
+    tile: int = 512,
+    mode: str = "exact",
+    map_bytes: int = DEFAULT_MAP_BYTES,
+    device: torch.device | None = None,
 ) -> Strips:
     """Decode one sample and yield (first row, strip [1, 3, rows, W] in about [-1, 1]) from top to bottom.
 
@@ -378,21 +384,23 @@ def decode_strips(
         tile: side of a tile in pixels of the picture.
         mode: "exact" or "feather".
         map_bytes: largest intermediate map that is kept (exact mode of networks with GroupNorm).
+        device: where the autoencoder computes, if its weights lie elsewhere between calls (feather mode only).
     """
     _check(latents, tile, mode)
     wake(vae)
     weight = next(vae.parameters())
+    device = device or weight.device
     latents = latents.to(weight.dtype)
     if mode == "feather":
         scale = latent_scale(vae)
 
         def read(rows: slice, cols: slice) -> torch.Tensor:
-            return vae.decode(latents[..., rows, cols].to(weight.device), return_dict=False)[0]
+            return vae.decode(latents[..., rows, cols].to(device), return_dict=False)[0]
 
         cells = max(1, tile // scale)
         yield from blend_rows(read, latents.shape[-2:], cells, cells // 4, out_scale=scale)
         return
-    yield from _Walk(decoder_layers(vae), Map((latents,), weight.device), tile, map_bytes, weight.device).strips()
+    yield from _Walk(decoder_layers(vae), Map((latents,), device), tile, map_bytes, device).strips()
 
 
 def encode_tiles(
@@ -403,19 +411,21 @@ def encode_tiles(
     tile: int = 512,
     mode: str = "exact",
     map_bytes: int = DEFAULT_MAP_BYTES,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Encode one picture that is read region by region; the mode of the distribution [1, C, h, w], not scaled.
 
     Args:
         read: (row span, column span) -> pixels [1, 3, rows, columns] in [-1, 1].
         shape: (height, width) of the picture in pixels.
-        tile, mode, map_bytes: as for `decode_strips`.
+        tile, mode, map_bytes, device: as for `decode_strips`.
     """
     wake(vae)
     weight = next(vae.parameters())
+    device = device or weight.device
 
     def load(rows: Span, cols: Span) -> torch.Tensor:
-        return read(rows, cols).to(weight.device, weight.dtype)
+        return read(rows, cols).to(device, weight.dtype)
 
     scale = latent_scale(vae)
     if mode == "feather":
@@ -427,7 +437,7 @@ def encode_tiles(
         grid = (shape[0] // scale, shape[1] // scale)
         strips = blend_rows(encoded, grid, cells, cells // 4, in_scale=scale)
         return torch.cat([strip for _, strip in strips], dim=-2).to(weight.dtype)
-    walk = _Walk(encoder_layers(vae), Source(load, shape), tile, map_bytes, weight.device)
+    walk = _Walk(encoder_layers(vae), Source(load, shape), tile, map_bytes, device)
     return torch.cat([strip for _, strip in walk.strips()], dim=-2)
 
 

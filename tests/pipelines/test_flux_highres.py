@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderTiny, FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
@@ -385,6 +386,18 @@ def test_tiny_autoencoder_serves_both_ways(stock, call):
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-3)
 
 
+def test_exact_tiles_refuse_an_autoencoder_that_is_offloaded_piece_by_piece(stock, call):
+    parts = {**stock.components, "vae": copy.deepcopy(stock.vae)}
+    pipe = FluxHighresPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    cpu_offload(pipe.vae, execution_device=torch.device("cpu"))
+    assert next(pipe.vae.parameters()).device.type == "meta"
+    images = pipe(**call(height=64, width=64, vae_tile="feather")).images
+    assert torch.isfinite(images).all()
+    with pytest.raises(ConfigError, match="feather"):
+        pipe(**call(height=64, width=64, vae_tile=64))
+
+
 # --- settings
 
 
@@ -392,6 +405,8 @@ def test_tiny_autoencoder_serves_both_ways(stock, call):
     ("wrong", "match"),
     [
         ({"height": 66}, "multiples of 4"),
+        ({"stages": [Stage(32, 32, 4), Stage(66, 64, 2)]}, "multiples of 4"),
+        ({"stages": [Stage(32, 32, 4), Stage(64, 64, 5)]}, "only 4"),
         ({"strength": 0.5}, "without an image"),
         ({"position": "magic"}, "position"),
         ({"attention": "magic"}, "magic"),
