@@ -31,6 +31,7 @@ def request(**values: Any) -> GenerateRequest:
         "seed": (7,),
         "attention": "dense",
         "device": "cpu",
+        "dtype": "fp32",
     }
     return GenerateRequest(**{**defaults, **values})
 
@@ -365,8 +366,10 @@ def test_missing_device_is_a_config_error(device: str) -> None:
         pick_device(device)
 
 
-def test_dtype_of_each_device() -> None:
-    assert pick_dtype("auto", "cpu") == "fp32"
+def test_dtype_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, dtype in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("gensparse.engine.machine.cpu_has_bf16", lambda has=has: has)
+        assert pick_dtype("auto", "cpu") == dtype
     assert pick_dtype("fp16", "cpu") == "fp16"
 
 

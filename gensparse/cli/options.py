@@ -19,7 +19,7 @@ _Text, _Whole, _Real, _Flag = str | None, int | None, float | None, bool | None
 
 REQUEST_OPTIONS: dict[str, Any] = {
     "model": _option(_Text, "-m", "--model", panel=MODEL, help="Alias, hub id or folder (embedded)"),
-    "dtype": _option(_Text, "--dtype", panel=MODEL, help="auto|fp16|bf16|fp32 (auto: fp32 on CPU, bf16 on GPU)"),
+    "dtype": _option(_Text, "--dtype", panel=MODEL, help="auto|fp16|bf16|fp32 (auto: bf16 where the hardware has it)"),
     "lora": _option(list[str] | None, "--lora", panel=MODEL, help="PATH[:SCALE] of a LoRA; repeat for more"),
     "revision": _option(_Text, "--revision", panel=MODEL, help="Branch, tag or commit on the hub", hidden=True),
     "variant": _option(_Text, "--variant", panel=MODEL, help="Weight variant, for instance fp16", hidden=True),

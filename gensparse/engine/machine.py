@@ -42,17 +42,25 @@ def is_present(device: str) -> bool:
 
 
 def pick_dtype(wanted: str, device: str) -> str:
-    """fp32 on CPUs (bf16 is an explicit choice there), bf16 on GPUs that have it, else fp16."""
+    """bf16 where the hardware multiplies it; else fp32 on CPUs and fp16 on GPUs."""
     if wanted != "auto":
         return wanted
     if device == "cpu":
-        return "fp32"
+        return "bf16" if cpu_has_bf16() else "fp32"
     import torch
 
     here = device.startswith("cuda") and torch.cuda.is_available()
     if here and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"
     return "bf16"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it fp32 is faster."""
+    import torch
+
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
 
 
 def torch_dtype(name: str) -> "torch.dtype":
