@@ -150,7 +150,7 @@ def test_planted_unknown_files_fail(tmp_path):
         with pytest.raises(GoldenError):
             read(planted, SCHEMAS)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "golden and highres_arrays", __file__],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-k", "golden and highres_arrays", __file__],
         env={**os.environ, "GENSPARSE_GOLDEN": str(root)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
