@@ -103,7 +103,10 @@ def _place(pipe: Any, device: str, offload: str) -> None:
         import torch
 
         target = torch.device(device)
-        pipe.enable_group_offload(onload_device=target, offload_type="block_level", num_blocks_per_group=1)
+        # the autoencoder is small, and exact tiles need its weights in place
+        pipe.enable_group_offload(
+            onload_device=target, offload_type="block_level", num_blocks_per_group=1, exclude_modules=["vae"]
+        )
     else:
         pipe.enable_sequential_cpu_offload(device=device)
 
