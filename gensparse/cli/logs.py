@@ -1,6 +1,7 @@
 """The log: on stderr with -v, in a file with --log-file, and never with a token in it."""
 
 import logging
+import os
 import sys
 import warnings
 from typing import ClassVar
@@ -40,6 +41,10 @@ def start_logging(state: State) -> None:
         root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
+    if not state.verbose:
+        # both libraries print to stderr by themselves while they are imported
+        for library in ("DIFFUSERS", "TRANSFORMERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if not handlers:
         warnings.simplefilter("ignore")
         root.addHandler(logging.NullHandler())
