@@ -15,6 +15,12 @@ NOTES = {
     "max_sequence_length": T5_LENGTH,
     "position_ids": "centre-aligned scene units: token i at spacing s lies at (i + 0.5) * s - 0.5; 1 at native size",
     "zooms": [0.5, 1, 2, 4, 8, 16],
+    "num_inference_steps": 20,
+    "true_cfg_scale": 3.5,
+    # what the cascade uses unless told otherwise: only the last octave is redone at every size, from sigma 0.22 on
+    "attention": "clear:radius=8",
+    "dense_below_tokens": 1024,
+    "cascade": {"share": [0.15], "guidance_factor": [1.0], "alpha": [1.0], "beta": [0.25], "sharpen": 0.0},
 }
 PROMPTS = (
     "a red circle left of a blue star on a green striped background",
@@ -36,14 +42,14 @@ PROMPTS = (
 )
 
 
-def pipeline(run: Path) -> FluxPipeline:
-    """The averaged weights of the run's checkpoint as a pipeline, float32."""
+def pipeline(run: Path, weights: str = "ema") -> FluxPipeline:
+    """The averaged (`ema`) or latest (`model`) weights of the run as a pipeline, float32."""
     captions = Captions()
     model = Model(captions)
-    model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True, mmap=True)["ema"], strict=False)
+    model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True, mmap=True)[weights], strict=False)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.5, base_image_seq_len=64, max_image_seq_len=256
         ),
         vae=AutoencoderTiny.from_pretrained(run / "vae"),
         text_encoder=model.clip.eval(),
@@ -91,10 +97,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--grid", type=Path)
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5)
     args = parser.parse_args()
-    pipe = pipeline(args.run)
+    pipe = pipeline(args.run, args.weights)
     if args.grid:
         pipe.set_progress_bar_config(disable=True)
         with torch.autocast("cpu", torch.bfloat16):

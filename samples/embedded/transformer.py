@@ -28,7 +28,7 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
 NATIVE_TOKENS = 16  # per scene unit
 BATCH = {"whole": 64, "native": 32, "wide": 32, "close": 32}
 SIGMA = {"whole": (0.2, 1.1), "native": (0.3, 1.1), "wide": (0.3, 1.1), "close": (-0.3, 1.0)}
-EMA_DECAY = 0.998
+EMA_DECAY = 0.99
 SUBJECT_WEIGHT = 4.0  # of a token that shows part of a subject, against 1 for background: shapes are what is hard
 
 
