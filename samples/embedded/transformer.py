@@ -203,6 +203,15 @@ class Run:
         torch.set_rng_state(state["torch_rng"])
         self.step, self.spent = state["step"], state["spent"]
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a finished pipeline folder; optimizers and clock start anew."""
+        parts = {"flux": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
+        for name, part in parts.items():
+            module = getattr(self.model, name)
+            trained = type(module).from_pretrained(folder / part, torch_dtype=torch.float32)
+            module.load_state_dict(trained.state_dict())
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
     @property
     def progress(self) -> float:
         """Share of the time budget spent."""
@@ -270,9 +279,12 @@ def main() -> None:
     )
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="pipeline folder whose weights a new run starts from")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     run = Run(args)
+    if args.init and not run.path.exists():
+        run.start_from(args.init)
     run.load()
     signal.signal(signal.SIGTERM, run.stop)
     train(run)
