@@ -26,7 +26,7 @@ def main() -> None:
     if options.tiny:
         pipe, size, call = tiny_flux_pipeline(), 64, {"num_inference_steps": 2, "max_sequence_length": 16}
     else:
-        pipe, size, call = FluxPipeline.from_pretrained(options.model, torch_dtype=torch.bfloat16), options.size, {}
+        pipe, size, call = FluxPipeline.from_pretrained(options.model, dtype=torch.bfloat16), options.size, {}
         pipe.enable_model_cpu_offload()
 
     handle = gensparse.apply(pipe, Clear(radius=4 if options.tiny else 16))

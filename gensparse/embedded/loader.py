@@ -41,15 +41,15 @@ def embedded_notes() -> dict[str, Any]:
     return json.loads((embedded_path() / "gensparse.json").read_text(encoding="utf-8"))
 
 
-def load_embedded(torch_dtype: "torch.dtype | None" = None) -> "FluxPipeline":
-    """The embedded model as a FluxPipeline on the CPU; float32 unless `torch_dtype` says otherwise."""
+def load_embedded(dtype: "torch.dtype | None" = None) -> "FluxPipeline":
+    """The embedded model as a FluxPipeline on the CPU; float32 unless `dtype` says otherwise."""
     import torch
     from diffusers import AutoencoderTiny, FluxPipeline
 
-    path, dtype = embedded_path(), torch_dtype or torch.float32
+    path, dtype = embedded_path(), dtype or torch.float32
     with _quiet():
-        vae = AutoencoderTiny.from_pretrained(path, subfolder="vae", torch_dtype=dtype, local_files_only=True)
-        return FluxPipeline.from_pretrained(path, vae=vae, torch_dtype=dtype, local_files_only=True)
+        vae = AutoencoderTiny.from_pretrained(path, subfolder="vae", dtype=dtype, local_files_only=True)
+        return FluxPipeline.from_pretrained(path, vae=vae, dtype=dtype, local_files_only=True)
 
 
 @contextmanager

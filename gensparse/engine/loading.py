@@ -30,7 +30,7 @@ def _load_weights(ref: ModelRef, dtype: "torch.dtype") -> Any:
     if ref.embedded:
         from gensparse.embedded import load_embedded
 
-        return FluxHighresPipeline.from_pipe(load_embedded(torch_dtype=dtype))
+        return FluxHighresPipeline.from_pipe(load_embedded(dtype=dtype))
     try:
         return FluxHighresPipeline.from_pretrained(
             ref.folder,

@@ -76,25 +76,37 @@ def disturbed(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def close_up(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Window]:
-    """A window of 1/1.3 to 1/14 of the side, half of the time with tiny strays inside it."""
-    zoom = float(2 ** rng.uniform(0.4, 3.8))
+    """A window of 1/1.4 to 1/12 of the side, half of the time with tiny strays inside it."""
+    zoom = float(2 ** rng.uniform(0.5, 3.6))
     side = 1 / zoom
     top, left = (float(v) for v in rng.uniform(0, 1 - side, 2))
     strays = []
-    for _ in range(int(rng.choice((0, 1, 2), p=(0.5, 0.35, 0.15)))):
-        stray = stray_subject(rng, 0.05 * side, 0.3 * side, scene.background_colour)
+    for _ in range(int(rng.choice((0, 1, 2), p=(0.45, 0.35, 0.2)))):
+        stray = stray_subject(rng, 0.045 * side, 0.3 * side, scene.background_colour)
         strays.append(replace(stray, y=top + stray.y * side, x=left + stray.x * side))
     return replace(scene, subjects=scene.subjects + tuple(strays)), (top, left, top + side, left + side)
+
+
+def portrait(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Window]:
+    """A window around one subject, one to three times as large as its box."""
+    subject = scene.subjects[int(rng.integers(len(scene.subjects)))]
+    half = subject.radius * float(rng.uniform(1.05, 3))
+    dy, dx = (min(half / e, 0.5) for e in scene.extent)
+    y = float(np.clip(subject.y + rng.uniform(-0.3, 0.3) * dy, dy, 1 - dy))
+    x = float(np.clip(subject.x + rng.uniform(-0.3, 0.3) * dx, dx, 1 - dx))
+    return scene, (y - dy, x - dx, y + dy, x + dx)
 
 
 def example(seed: int, aspect: float) -> tuple[Scene, Window]:
     """What training picture `seed` shows."""
     rng = np.random.default_rng([seed, 11])
     scene, kind = random_scene(seed, aspect), rng.random()
-    if kind < 0.35:
+    if kind < 0.2:
         return scene, WHOLE
-    if kind < 0.7:
+    if kind < 0.45:
         return disturbed(scene, rng), WHOLE
+    if kind < 0.65:
+        return portrait(scene, rng)
     return close_up(disturbed(scene, rng) if rng.random() < 0.3 else scene, rng)
 
 
@@ -162,7 +174,7 @@ def targets(items: list[list[Label]], background: list[tuple[int, int]], height:
             y, x, radius = label.y / STRIDE, label.x / STRIDE, label.radius / STRIDE
             distance = np.hypot(cy - y, cx - x)
             if label.hidden:
-                judged[b] &= distance > max(1.2, 0.8 * radius)
+                judged[b] &= distance > max(1.2, 0.4 * radius)
                 continue
             core = distance <= max(0.75, 0.35 * radius)
             heat[b] = np.maximum(heat[b], np.exp(-0.5 * (distance / max(0.6, 0.2 * radius)) ** 2))
@@ -272,9 +284,7 @@ def loss_of(cells: Tensor, background: Tensor, wanted: Targets) -> dict[str, Ten
     subjects = wanted.own.sum().clamp_min(1)
     score = heat[:, 0].sigmoid().clamp(1e-4, 1 - 1e-4)
     hit = wanted.heat == 1
-    gain = torch.where(
-        hit, (1 - score) ** 2 * score.log(), (1 - wanted.heat) ** 4 * score**2 * (1 - score).log()
-    )
+    gain = torch.where(hit, (1 - score) ** 2 * score.log(), (1 - wanted.heat) ** 4 * score**2 * (1 - score).log())
     losses = {"heat": -(gain * (wanted.judged | hit)).sum() / subjects}
     losses["place"] = ((place - wanted.place).abs().sum(1) * wanted.own).sum() / subjects
     for channel, (name, logits) in enumerate(zip(("shape", "colour", "fill"), classes, strict=True)):
