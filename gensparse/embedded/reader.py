@@ -8,7 +8,7 @@ picture is seen at area 128 x 128 in its own aspect ratio. Its pooled activation
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from gensparse.embedded.scenes import BACKGROUNDS, COLOURS, FILLS, SHAPES
+from gensparse.embedded.scenes import BACKGROUNDS, COLOURS, FILLS, PALETTE, SHAPES
 from gensparse.errors import ConfigError
 
 Box = tuple[float, float, float, float]
@@ -204,7 +204,8 @@ class Reader:
                 cells, background = self.network(normalise(np.stack([seen[i] for i in chunk])))
                 for row, i in enumerate(chunk):
                     aspect = images[i].width / images[i].height
-                    readings[i] = decode(cells[row], background[row], aspect, self.threshold)
+                    reading = decode(cells[row], background[row], aspect, self.threshold)
+                    readings[i] = settle_colours(reading, seen[i])
         return readings  # type: ignore[return-value] - every index was filled
 
     @torch.no_grad()
@@ -241,6 +242,34 @@ def decode(cells: Tensor, background: Tensor, aspect: float, threshold: float) -
     kinds, colours = background.float().split((len(BACKGROUNDS), len(COLOURS)))
     kept = tuple(s for i, s in enumerate(found) if not any(overlap(s.box, o.box) > 0.55 for o in found[:i]))
     return Reading(kept, BACKGROUNDS[int(kinds.argmax())], COLOURS[int(colours.argmax())], aspect)
+
+
+def settle_colours(reading: Reading, pixels: np.ndarray) -> Reading:
+    """The reading with colours that the picture itself contradicts replaced; `pixels` uint8 [h, w, 3].
+
+    A colour is contradicted if next to none of the subject's pixels have it and a quarter have one other colour of the
+    palette, the background's apart.
+    """
+    subjects = []
+    for subject in reading.subjects:
+        share = _palette_shares(pixels, subject.box)
+        own = share[COLOURS.index(subject.colour)]
+        share[COLOURS.index(reading.background_colour)] = 0
+        settled = COLOURS[int(share.argmax())] if own < 0.03 and share.max() > 0.25 else subject.colour
+        subjects.append(replace(subject, colour=settled))
+    return replace(reading, subjects=tuple(subjects))
+
+
+def _palette_shares(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """Share of the pixels in the inner 80% of `box` that lie within 28 levels of each palette colour."""
+    height, width = pixels.shape[:2]
+    dy, dx = (box[2] - box[0]) / 10, (box[3] - box[1]) / 10
+    top, bottom = (int(np.clip(round(v * height), 0, height)) for v in (box[0] + dy, box[2] - dy))
+    left, right = (int(np.clip(round(v * width), 0, width)) for v in (box[1] + dx, box[3] - dx))
+    inner = pixels[top:bottom, left:right].reshape(-1, 1, 3).astype(np.float32)
+    if not len(inner):
+        return np.zeros(len(COLOURS))
+    return (np.linalg.norm(inner - np.array([*PALETTE.values()], np.float32), axis=-1) < 28).mean(0)
 
 
 def _box(place: list[float], row: int, column: int, grid: Sequence[int]) -> Box:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from gensparse.embedded.quality import ATTRIBUTES, prompt_fidelity, reading_of, share_right
-from gensparse.embedded.reader import WEIGHTS, Network, Reader, as_image, input_size, overlap
+from gensparse.embedded.reader import WEIGHTS, Network, Reader, as_image, input_size, overlap, settle_colours
 from gensparse.embedded.render import render
-from gensparse.embedded.scenes import ASPECTS, Request, Scene, SubjectRequest, random_scene
+from gensparse.embedded.scenes import ASPECTS, PALETTE, Request, Scene, SubjectRequest, random_scene
 from gensparse.errors import ConfigError
 
 FRESH = 9_700_000  # no training picture has a seed this high
@@ -110,6 +110,18 @@ def test_boxes_lie_on_the_subjects(reader):
     for scene, reading in zip(scenes, reader.read_many([render(s, 200, 200) for s in scenes]), strict=True):
         for i in range(len(scene.subjects)):
             assert max(overlap(scene.box(i), seen.box) for seen in reading.subjects) > 0.7
+
+
+def test_colours_that_the_picture_contradicts_are_settled_by_its_pixels():
+    scene = next(s for s in map(random_scene, range(FRESH, FRESH + 99)) if len(s.subjects) == 2)
+    pixels, truth = render(scene, 128, 128), reading_of(scene)
+    claimed = [next(c for c in PALETTE if c not in (s.colour, scene.background_colour)) for s in scene.subjects]
+    wrong = tuple(replace(s, colour=c) for s, c in zip(truth.subjects, claimed, strict=True))
+    assert settle_colours(replace(truth, subjects=wrong), pixels) == truth
+    gray = np.full_like(pixels, 90)  # next to no palette colour: nothing to go by
+    assert settle_colours(truth, gray) == truth
+    outside = replace(truth.subjects[0], box=(1.2, 1.2, 1.4, 1.4))
+    assert settle_colours(replace(truth, subjects=(outside,)), pixels).subjects == (outside,)
 
 
 def test_a_picture_without_subjects_shows_none(reader):
