@@ -101,13 +101,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5)
     args = parser.parse_args()
-    pipe = pipeline(args.run, args.weights)
+    if args.out:
+        # a pipeline that has run keeps padding settings in its tokenizers, so a fresh one is written
+        write(pipeline(args.run, args.weights), args.out)
     if args.grid:
+        pipe = pipeline(args.run, args.weights)
         pipe.set_progress_bar_config(disable=True)
         with torch.autocast("cpu", torch.bfloat16):
             picture_grid(pipe, args.steps, args.guidance).save(args.grid)
-    if args.out:
-        write(pipe, args.out)
 
 
 if __name__ == "__main__":
