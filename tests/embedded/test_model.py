@@ -137,12 +137,29 @@ def share_near(picture, colour, tolerance=45):
     return float((np.abs(picture * 255 - np.array(PALETTE[colour])).max(-1) < tolerance).mean())
 
 
-def test_a_prompt_decides_colours_and_sides(pipe):
-    picture = generate(pipe, "a large red plain circle left of a large blue plain square on a white plain background")
-    red, blue = picture[:, :128], picture[:, 128:]
-    assert share_near(picture, "white") > 0.4
-    assert share_near(red, "red") > 0.05 > share_near(red, "blue")
-    assert share_near(blue, "blue") > 0.05 > share_near(blue, "red")
+def test_the_prompt_decides_the_colours(pipe):
+    """One seed, four pairs of colours: each picture shows its own subject and background and no other picture's."""
+    pairs = [("red", "white"), ("blue", "yellow"), ("green", "pink"), ("purple", "black")]
+    prompts = [
+        f"a large {subject} plain circle in the center on a {ground} plain background" for subject, ground in pairs
+    ]
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(
+        prompts,
+        negative_prompt=[""] * len(prompts),
+        true_cfg_scale=3.5,
+        height=256,
+        width=256,
+        num_inference_steps=10,
+        max_sequence_length=embedded_notes()["max_sequence_length"],
+        generator=[torch.Generator().manual_seed(0) for _ in prompts],
+        output_type="np",
+    ).images
+    for picture, (subject, ground) in zip(pictures, pairs, strict=True):
+        others = {colour for pair in pairs for colour in pair} - {subject, ground}
+        assert share_near(picture, ground) > 0.4
+        assert share_near(picture[64:192, 64:192], subject) > 0.2
+        assert max(share_near(picture, colour) for colour in others) < 0.05
 
 
 def test_the_same_seed_gives_the_same_picture_and_other_sizes_work(pipe):
