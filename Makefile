@@ -7,13 +7,15 @@ TORCH  ?= torch==2.13.0
 PIP_ARGS ?=
 PROMPT ?= a red circle left of a blue star on a green striped background
 SIZE   ?= 4096
+# the picture of README
+SEED   ?= 3
 
 BIN := $(VENV)/bin
 
 .PHONY: picture test lint clean
 
 picture: $(VENV)/.user
-	$(BIN)/gensparse generate "$(PROMPT)" --size $(SIZE)
+	$(BIN)/gensparse generate "$(PROMPT)" --size $(SIZE) --seed $(SEED)
 
 test: $(VENV)/.dev
 	$(BIN)/python -P -m pytest
