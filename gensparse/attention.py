@@ -184,6 +184,11 @@ def _source_keys(
         if any(x.shape != expected for x in given):
             raise ConfigError(f"source {source.name!r} got {[tuple(x.shape) for x in given]}; pass k and v {expected}.")
         return given
+    if source.of is None:
+        raise ConfigError(
+            f"source {source.name!r} is not made from the call's own keys; pass sources={{{source.name!r}: (k, v)}} "
+            f"with {source.segment.length} tokens."
+        )
     if given is None and source.weights != "mean":
         size = source.cells[0] * source.cells[1] * source.cells[2]
         raise ConfigError(
@@ -198,13 +203,13 @@ def _source_keys(
 
 
 def _source_bias(k: Tensor, plan: Plan, key_bias: Tensor | None) -> Tensor | None:
-    """The bias over own tokens and sources: key_bias, then ln(tokens in the cell) where a source asks for it."""
-    counted = any(source.bias == "log_count" for source in plan.sources)
-    if key_bias is not None and key_bias.shape[-1] == plan.keys and not counted:
+    """The bias over own tokens and sources: key_bias, then what the sources add to the logits of their keys."""
+    biased = any(source.bias != 0.0 for source in plan.sources)
+    if key_bias is not None and key_bias.shape[-1] == plan.keys and not biased:
         return key_bias
-    if key_bias is None and not counted:
+    if key_bias is None and not biased:
         return None
-    extra = torch.cat([_log_counts(plan, source, k.device) for source in plan.sources])
+    extra = torch.cat([_own_bias(plan, source, k.device) for source in plan.sources])
     if key_bias is None:
         return torch.cat([extra.new_zeros(plan.tokens), extra])[None, None]
     if key_bias.shape[-1] == plan.keys:
@@ -212,10 +217,10 @@ def _source_bias(k: Tensor, plan: Plan, key_bias: Tensor | None) -> Tensor | Non
     return torch.cat([key_bias, extra.to(key_bias.dtype).expand(*key_bias.shape[:-1], -1)], -1)
 
 
-def _log_counts(plan: Plan, source: Source, device: torch.device) -> Tensor:
-    """ln(tokens in every cell) of a source, or zeros."""
+def _own_bias(plan: Plan, source: Source, device: torch.device) -> Tensor:
+    """What a source adds to the logits of its keys, float64 [tokens]: a constant, or ln(tokens in every cell)."""
     if source.bias != "log_count":
-        return torch.zeros(source.segment.length, dtype=torch.float64, device=device)
+        return torch.full((source.segment.length,), float(source.bias), dtype=torch.float64, device=device)
     grid = plan.layout.segments[source.of].shape
     counts = [
         (length - torch.arange(0, length, cell)).clamp_max(cell).double()

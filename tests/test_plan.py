@@ -12,11 +12,10 @@ from gensparse.errors import ConfigError, PlanTooLargeError
 from gensparse.kernels.blocks import Work
 from gensparse.layout import Layout
 from gensparse.patterns import MSW, Blocks, Box, CrissCross, Disc, Neighborhood, Pattern, PerHead, Pooled, Text
-from gensparse.patterns.base import Rule
+from gensparse.patterns.base import NO_DATA, Rule
 from gensparse.patterns.disc import _DiscRule
 from gensparse.plan import Plan, build_plan
 from gensparse.plan import lists as lists_module
-from gensparse.plan.signature import signature
 
 LAYOUTS = [layouts(grid)[number % 2] for number, grid in enumerate(GRIDS)]
 LARGER = [Layout.image(23, 29, text=70), Layout.video(3, 7, 13, text=2)]
@@ -236,16 +235,14 @@ def test_too_many_masks_are_refused(monkeypatch):
 
 
 class PlainRule(_DiscRule):
-    """A disc whose signature nobody knows."""
+    """A disc without a signature."""
 
-
-@signature.register
-def _(rule: PlainRule, q, k, group: int = 0):
-    return signature.dispatch(Rule)(rule, q, k, group)
+    def signature(self, q, k, group=0):
+        return None
 
 
 class PlainDisc(Disc):
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data=NO_DATA) -> Rule:
         return PlainRule(layout, self.radius)
 
 

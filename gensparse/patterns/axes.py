@@ -12,7 +12,8 @@ from functools import cached_property
 import numpy as np
 
 from gensparse.layout import Boxes, Grid, Ints, Layout
-from gensparse.patterns.base import Bools, Span
+from gensparse.patterns.base import Bools, Columns, Span
+from gensparse.patterns.codes import combine
 from gensparse.patterns.target import TargetRule
 
 
@@ -128,6 +129,16 @@ class SeparableRule(TargetRule):
         spans = [axis.span(q.lo[..., n], q.hi[..., n]) for n, axis in enumerate(self.axes)]
         return np.stack([lo for lo, _ in spans], -1), np.stack([hi for _, hi in spans], -1)
 
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns:
+        inside = (q.segment == self.target) & (k.segment == self.target)
+        columns = [inside.astype(np.int64)]
+        for number, axis in enumerate(self.axes):
+            column = np.zeros(len(inside), np.int64)
+            if not axis.whole:
+                column[inside] = _axis_masks(axis, _ranges(q, number)[inside], _ranges(k, number)[inside])
+            columns.append(column)
+        return columns
+
     def tile_step(self, segment: int) -> Grid:
         if segment != self.target:
             return (1, 1, 1)
@@ -214,6 +225,24 @@ def neighborhood(length: int, window: int, stride: int, dilation: int, causal: b
 
 def _range(box: Boxes, axis: int) -> tuple[Ints, Ints, Ints]:
     return box.lo[..., axis], box.hi[..., axis], np.broadcast_to(box.step, box.lo.shape)[..., axis]
+
+
+def _ranges(box: Boxes, axis: int) -> Ints:
+    """(start, stop, step) [n, 3] of one axis."""
+    return np.stack(np.broadcast_arrays(*_range(box, axis)), -1)
+
+
+def _axis_masks(axis: Axis, q: Ints, k: Ints) -> Ints:
+    """Number of the distinct 1-D mask of every pair of token ranges [n, 3]."""
+    q_code, k_code = (combine(list(ranges.T)) for ranges in (q, k))
+    _, first, index = np.unique(combine([q_code, k_code]), return_index=True, return_inverse=True)
+    known: dict[bytes, int] = {}
+    labels = [known.setdefault(_mask_bytes(axis, q[i], k[i]), len(known)) for i in first]
+    return np.array(labels, np.int64)[index.reshape(-1)]
+
+
+def _mask_bytes(axis: Axis, q: Ints, k: Ints) -> bytes:
+    return np.packbits(axis.pairs(np.arange(*q)[:, None], np.arange(*k))).tobytes()
 
 
 def _inverse(order: Ints) -> Ints:

@@ -5,8 +5,10 @@ single tokens (`allowed`), for boxes of tokens (`tile_relation`, `key_box`) and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,10 @@ _CHUNK = 1 << 22  # entries evaluated at once while a dense mask is filled
 Bools = NDArray[np.bool_]
 Relation = NDArray[np.int8]
 Span = tuple[Ints, Ints]
+Columns = list[Ints]
+Data = Mapping[str, NDArray[Any]]
+
+NO_DATA: Data = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -30,17 +36,17 @@ class Source:
 
     Args:
         segment: the keys as a segment (kind, length, grid); its name is the name of the source, unique in a rule.
-        of: index of the layout segment the keys are pooled from.
+        of: index of the layout segment the keys are pooled from; None when the caller always passes the tensors.
         cells: tokens per cell on each axis (F, H, W).
-        weights: "mean" of the cell, or "learned" weights per position in the cell.
-        bias: "none", or "log_count" for ln(tokens in the cell) added to the logits.
+        weights: "mean" of the cell, "learned" weights per position in the cell, or "given" (k, v) tensors.
+        bias: added to the logits of all its keys; "log_count" adds ln(tokens in the cell) to each.
     """
 
     segment: Segment
-    of: int
-    cells: Grid
-    weights: str
-    bias: str
+    of: int | None = None
+    cells: Grid = (1, 1, 1)
+    weights: str = "given"
+    bias: float | str = 0.0
 
     @property
     def name(self) -> str:
@@ -51,8 +57,12 @@ class Pattern(ABC):
     """A frozen, hashable, printable description of which key a query may see. Combine with | and &."""
 
     @abstractmethod
-    def bind(self, layout: Layout) -> "Rule":
-        """The pattern on one layout. Raises ConfigError when a setting does not fit its grid."""
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> "Rule":
+        """The pattern on one layout, with the arrays (masks, groups) it names.
+
+        Raises:
+            ConfigError: a setting that does not fit the grid, or an array that is missing or of another shape.
+        """
 
     def clamped(self, grid: Grid) -> "Pattern":
         """The same pattern with every window shortened to what `grid` (F, H, W) can hold."""
@@ -62,27 +72,13 @@ class Pattern(ABC):
         """A text that is equal exactly for equal patterns; plans are cached by it."""
         return repr(self)
 
-    def dense_mask(self, layout: Layout) -> Bools:
+    def dense_mask(self, layout: Layout, data: Data = NO_DATA) -> Bools:
         """Allowed pairs as bool [G, Nq, Nk]; for tests and small sizes.
 
         Raises:
             PlanTooLargeError: more than `DENSE_MASK_LIMIT` entries.
         """
-        rule = self.bind(layout)
-        queries, keys = layout.coords(), segment_coords(rule.key_segments)
-        shape = (rule.groups, len(queries.segment), len(keys.segment))
-        if np.prod(shape, dtype=np.int64) > DENSE_MASK_LIMIT:
-            raise PlanTooLargeError(
-                f"A dense mask of shape {shape} is over the limit of {DENSE_MASK_LIMIT} entries; use build_plan for it."
-            )
-        mask = np.empty(shape, np.bool_)
-        step = max(1, _CHUNK // max(1, shape[2]))
-        for group in range(rule.groups):
-            for start in range(0, shape[1], step):
-                rows = slice(start, start + step)
-                part = Coords(queries.segment[rows, None], queries.position[rows, None])
-                mask[group, rows] = rule.allowed(part, keys, group)
-        return mask
+        return self.bind(layout, data).dense_mask()
 
     def __or__(self, other: "Pattern") -> "Pattern":
         return Union(_parts(Union, self, other)) if isinstance(other, Pattern) else NotImplemented
@@ -119,6 +115,30 @@ class Rule(ABC):
     def key_box(self, q: Boxes, segment: int, group: int = 0) -> Span:
         """lo, hi [..., 3] of a box in key segment `segment` around all keys of the queries; empty where hi <= lo."""
 
+    def dense_mask(self) -> Bools:
+        """Allowed pairs as bool [G, Nq, Nk], see `Pattern.dense_mask`."""
+        queries, keys = self.layout.coords(), segment_coords(self.key_segments)
+        shape = (self.groups, len(queries.segment), len(keys.segment))
+        if np.prod(shape, dtype=np.int64) > DENSE_MASK_LIMIT:
+            raise PlanTooLargeError(
+                f"A dense mask of shape {shape} is over the limit of {DENSE_MASK_LIMIT} entries; use build_plan for it."
+            )
+        mask = np.empty(shape, np.bool_)
+        step = max(1, _CHUNK // max(1, shape[2]))
+        for group in range(self.groups):
+            for start in range(0, shape[1], step):
+                rows = slice(start, start + step)
+                part = Coords(queries.segment[rows, None], queries.position[rows, None])
+                mask[group, rows] = self.allowed(part, keys, group)
+        return mask
+
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns | None:
+        """Integer columns [n] of pairs of boxes [n]: pairs with equal token counts, steps and columns have equal masks.
+
+        It lets a plan evaluate one mask per kind of pair instead of one per pair; None costs time, never correctness.
+        """
+        return None
+
     def tile_step(self, segment: int) -> Grid:
         """Step per axis between the tokens of a good tile (dilated and grid patterns); (1, 1, 1) otherwise."""
         return (1, 1, 1)
@@ -151,6 +171,11 @@ class Rehomed(Rule):
     def key_box(self, q: Boxes, segment: int, group: int = 0) -> Span:
         local = int(self._local[segment])
         return self.rule.key_box(q, local, group) if local >= 0 else empty_span(q)
+
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns | None:
+        local = self._local[k.segment]
+        columns = self.rule.signature(q, k._replace(segment=local), group)
+        return columns if columns is None or self.sources == self.rule.sources else [*columns, np.minimum(local, 0)]
 
     def tile_step(self, segment: int) -> Grid:
         local = int(self._local[segment])
@@ -190,6 +215,9 @@ class _MenuRule(_Combined):
     def key_box(self, q: Boxes, segment: int, group: int = 0) -> Span:
         return self.rules[group].key_box(q, segment)
 
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns | None:
+        return self.rules[group].signature(q, k)
+
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         return self.rules[group].partition(segment)
 
@@ -206,6 +234,10 @@ class _JoinedRule(_Combined):
                 "many entries as the others."
             )
         self.groups = max(rule.groups for rule in rules)
+
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns | None:
+        parts = [rule.signature(q, k, g) for rule, g in self._each(group)]
+        return None if any(part is None for part in parts) else [column for part in parts for column in part]
 
     def _each(self, group: int) -> list[tuple[Rule, int]]:
         return [(rule, group if rule.groups > 1 else 0) for rule in self.rules]
@@ -262,8 +294,8 @@ class Union(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", _checked("Union", self.parts))
 
-    def bind(self, layout: Layout) -> Rule:
-        return UnionRule([part.bind(layout) for part in self.parts])
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
+        return UnionRule([part.bind(layout, data) for part in self.parts])
 
     def clamped(self, grid: Grid) -> Pattern:
         return Union(tuple(part.clamped(grid) for part in self.parts))
@@ -281,8 +313,8 @@ class Intersection(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", _checked("Intersection", self.parts))
 
-    def bind(self, layout: Layout) -> Rule:
-        return _IntersectionRule([part.bind(layout) for part in self.parts])
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
+        return _IntersectionRule([part.bind(layout, data) for part in self.parts])
 
     def clamped(self, grid: Grid) -> Pattern:
         return Intersection(tuple(part.clamped(grid) for part in self.parts))
@@ -304,8 +336,8 @@ class PerHead(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", _checked("PerHead", self.parts))
 
-    def bind(self, layout: Layout) -> Rule:
-        rules = [part.bind(layout) for part in self.parts]
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
+        rules = [part.bind(layout, data) for part in self.parts]
         if any(rule.groups > 1 for rule in rules):
             raise ConfigError(f"{self!r} holds a PerHead inside a PerHead; list all entries in one PerHead.")
         return _MenuRule(rules)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gensparse.layout import Grid as Shape
 from gensparse.layout import Layout
 from gensparse.patterns.axes import SeparableRule, blocks, halo, own, residues
-from gensparse.patterns.base import Pattern, Rule
+from gensparse.patterns.base import NO_DATA, Data, Pattern, Rule
 from gensparse.patterns.checks import (
     PerAxis,
     PerAxisOrWhole,
@@ -45,7 +45,7 @@ class Blocks(Pattern):
         choice("Blocks wrap", self.wrap, (False, True))
         not_above("Blocks shift", self.shift, "window", self.window, strict=True)
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         window = windows("Blocks window", self.window, layout.grid)
         shift = spread("Blocks shift", self.shift, layout.grid, single=0)
         not_above("Blocks shift", shift, "window", window, strict=True)
@@ -80,7 +80,7 @@ class Halo(Pattern):
         object.__setattr__(self, "block", per_axis("Halo block", self.block, whole=True))
         object.__setattr__(self, "halo", per_axis("Halo halo", self.halo, low=0))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         block = windows("Halo block", self.block, layout.grid)
         margin = spread("Halo halo", self.halo, layout.grid, single=0)
         return SeparableRule(layout, [halo(*axis) for axis in zip(layout.grid, block, margin, strict=True)])
@@ -107,7 +107,7 @@ class Grid(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", per_axis("Grid grid", self.grid))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         count = windows("Grid grid", self.grid, layout.grid)
         axes = [residues(length, length, -(-length // g)) for length, g in zip(layout.grid, count, strict=True)]
         return SeparableRule(layout, axes)
@@ -135,7 +135,7 @@ class LongDistance(Pattern):
         object.__setattr__(self, "group", per_axis("LongDistance group", self.group))
         object.__setattr__(self, "interval", per_axis("LongDistance interval", self.interval))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         group = windows("LongDistance group", self.group, layout.grid)
         interval = windows("LongDistance interval", self.interval, layout.grid)
         axes = zip(layout.grid, group, interval, strict=True)
@@ -163,7 +163,7 @@ class MSW(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", whole_number("MSW index", self.index, low=0, high=3))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         frames, height, width = layout.grid
         window = (-(-height // 2), -(-width // 2))
         shift = [self.index * (w // 4) for w in window]

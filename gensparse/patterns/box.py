@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gensparse.layout import Layout
 from gensparse.patterns.axes import SeparableRule, band
-from gensparse.patterns.base import Pattern, Rule
+from gensparse.patterns.base import NO_DATA, Data, Pattern, Rule
 from gensparse.patterns.checks import PerAxis, per_axis, spread
 
 
@@ -24,6 +24,6 @@ class Box(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "radius", per_axis("Box radius", self.radius))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         radius = spread("Box radius", self.radius, layout.grid)
         return SeparableRule(layout, [band(*axis) for axis in zip(layout.grid, radius, strict=True)])

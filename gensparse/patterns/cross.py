@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gensparse.layout import Grid, Layout
 from gensparse.patterns.axes import Axis, SeparableRule, blocks, own, whole
-from gensparse.patterns.base import Pattern, Rule, UnionRule
+from gensparse.patterns.base import NO_DATA, Data, Pattern, Rule, UnionRule
 from gensparse.patterns.checks import choice, fits, whole_number
 
 
@@ -28,7 +28,7 @@ class Stripes(Pattern):
         object.__setattr__(self, "width", whole_number("Stripes width", self.width, unit="tokens"))
         choice("Stripes direction", self.direction, ("horizontal", "vertical"))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         frames, height, width = layout.grid
         if self.direction == "horizontal":
             fits("Stripes width", self.width, "H", layout.grid)
@@ -47,7 +47,7 @@ class CrissCross(Pattern):
     One softmax over the union: H + W - 1 keys in a picture, the query itself counted once.
     """
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         lines = [axis for axis, length in enumerate(layout.grid) if length > 1] or [2]
         return UnionRule([SeparableRule(layout, _line(layout.grid, axis)) for axis in lines])
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gensparse.layout import Boxes, Ints, Layout
-from gensparse.patterns.base import Bools, Pattern, Rule, Span
+from gensparse.patterns.base import NO_DATA, Bools, Columns, Data, Pattern, Rule, Span
 from gensparse.patterns.checks import whole_number
 from gensparse.patterns.target import TargetRule
 
@@ -25,7 +25,7 @@ class Disc(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "radius", whole_number("Disc radius", self.radius, unit="tokens"))
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         return _DiscRule(layout, self.radius)
 
 
@@ -51,6 +51,10 @@ class _DiscRule(TargetRule):
     def _span(self, q: Boxes) -> Span:
         reach = self.radius - 1
         return np.maximum(q.lo - reach, 0), np.minimum(q.hi + reach, self._last + 1)
+
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns:
+        inside = (q.segment == self.target) & (k.segment == self.target)
+        return [inside.astype(np.int64), *(np.where(inside, k.lo[:, axis] - q.lo[:, axis], 0) for axis in range(3))]
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         covered = segment == self.target and sum(int(last) ** 2 for last in self._last) < self.radius**2

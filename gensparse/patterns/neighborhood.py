@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gensparse.layout import Grid, Layout
 from gensparse.patterns.axes import SeparableRule, neighborhood
-from gensparse.patterns.base import Pattern, Rule
+from gensparse.patterns.base import NO_DATA, Data, Pattern, Rule
 from gensparse.patterns.checks import PerAxis, PerAxisOrWhole, flags, not_above, per_axis, spread, windows
 
 
@@ -38,7 +38,7 @@ class Neighborhood(Pattern):
         object.__setattr__(self, "causal", flags("Neighborhood causal", self.causal))
         not_above("Neighborhood stride", self.stride, "window", self.window)
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         grid = layout.grid
         dilation = spread("Neighborhood dilation", self.dilation, grid)
         window = windows("Neighborhood window", self.window, grid, dilation)

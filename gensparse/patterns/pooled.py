@@ -6,7 +6,20 @@ import numpy as np
 
 from gensparse.errors import ConfigError
 from gensparse.layout import Boxes, Coords, Grid, Layout, Segment
-from gensparse.patterns.base import FULL, NONE, Bools, Pattern, Relation, Rule, Source, Span, empty_span
+from gensparse.patterns.base import (
+    FULL,
+    NO_DATA,
+    NONE,
+    Bools,
+    Columns,
+    Data,
+    Pattern,
+    Relation,
+    Rule,
+    Source,
+    Span,
+    empty_span,
+)
 from gensparse.patterns.checks import PerAxis, choice, per_axis, spread, windows
 
 
@@ -38,7 +51,7 @@ class Pooled(Pattern):
         if not isinstance(self.name, str):
             raise ConfigError(f"Pooled name={self.name!r} is not allowed; pass a string.")
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         cells = windows("Pooled cells", self.cells, layout.grid)
         if self.weights == "learned" and any(length % cell for cell, length in zip(cells, layout.grid, strict=True)):
             raise ConfigError(
@@ -47,9 +60,10 @@ class Pooled(Pattern):
             )
         frames, height, width = (-(-length // cell) for cell, length in zip(cells, layout.grid, strict=True))
         parts = ["pooled", "x".join(map(str, cells)), self.weights, *([] if self.bias == "none" else [self.bias])]
+        bias = 0.0 if self.bias == "none" else self.bias
         name = self.name or "_".join(parts)
         segment = Segment("pooled", frames * height * width, (frames, height, width), name)
-        return _PooledRule(layout, Source(segment, layout.target, cells, self.weights, self.bias))
+        return _PooledRule(layout, Source(segment, layout.target, cells, self.weights, bias))
 
     def clamped(self, grid: Grid) -> "Pooled":
         cells = tuple(map(min, spread("Pooled cells", self.cells, grid), grid))
@@ -67,6 +81,9 @@ class _PooledRule(Rule):
     def tile_relation(self, q: Boxes, k: Boxes, group: int = 0) -> Relation:
         filled = np.all(q.hi > q.lo, axis=-1) & np.all(k.hi > k.lo, axis=-1)
         return np.where(filled & (q.segment == self._target) & (k.segment == self._pool), FULL, NONE)
+
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns:
+        return [self.tile_relation(q, k, group).astype(np.int64)]
 
     def key_box(self, q: Boxes, segment: int, group: int = 0) -> Span:
         lo, hi = empty_span(q)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gensparse.layout import Boxes, Coords, Layout
-from gensparse.patterns.base import FULL, NONE, Bools, Pattern, Relation, Rule, Span, empty_span
+from gensparse.patterns.base import FULL, NO_DATA, NONE, Bools, Columns, Data, Pattern, Relation, Rule, Span, empty_span
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Text(Pattern):
     Pooled keys are not covered (in CLEAR only picture tokens see them), and padding neither sees nor is seen.
     """
 
-    def bind(self, layout: Layout) -> Rule:
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         return _TextRule(layout)
 
 
@@ -33,6 +33,9 @@ class _TextRule(Rule):
     def tile_relation(self, q: Boxes, k: Boxes, group: int = 0) -> Relation:
         filled = np.all(q.hi > q.lo, axis=-1) & np.all(k.hi > k.lo, axis=-1)
         return np.where(filled & self._table[q.segment, k.segment], FULL, NONE)
+
+    def signature(self, q: Boxes, k: Boxes, group: int = 0) -> Columns:
+        return [self.tile_relation(q, k, group).astype(np.int64)]
 
     def key_box(self, q: Boxes, segment: int, group: int = 0) -> Span:
         lo, hi = empty_span(q)

@@ -4,7 +4,8 @@ The format is the one the GPU kernels read; lowered forms for the CPU backends a
 use.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -17,7 +18,7 @@ from gensparse.errors import ConfigError
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.plan_loop import TileLists
 from gensparse.layout import Grid, Layout
-from gensparse.patterns.base import Pattern, Rule, Source
+from gensparse.patterns.base import Data, Pattern, Rule, Source
 from gensparse.plan.lists import GroupLists, TilePairs, list_tiles
 from gensparse.plan.lowering import NotLoweredError, lower_halo, lower_partition
 from gensparse.plan.search import tile_shapes
@@ -40,6 +41,7 @@ class Plan:
         q_tile, k_tile: shapes (F, H, W) of the tiles of the target.
         useful: allowed token pairs of every group.
         rule: the pattern bound to the layout.
+        data: the arrays the pattern names.
     """
 
     pattern: Pattern
@@ -50,6 +52,7 @@ class Plan:
     k_tile: Grid
     useful: tuple[int, ...]
     rule: Rule = field(repr=False)
+    data: Data = field(default_factory=dict, repr=False)
 
     @property
     def groups(self) -> int:
@@ -97,7 +100,7 @@ class Plan:
     @cached_property
     def dense_mask(self) -> torch.Tensor:
         """bool [G, Nq, Nk]; raises PlanTooLargeError above a limit."""
-        return torch.from_numpy(self.pattern.dense_mask(self.layout)).to(self.device)
+        return torch.from_numpy(self.rule.dense_mask()).to(self.device)
 
     def stats(self) -> dict[str, Any]:
         """What the plan costs.
@@ -124,7 +127,7 @@ class Plan:
 
     def simulate(self, q_tile: Tile, k_tile: Tile) -> dict[str, Any]:
         """`stats()` of the same pattern with other tiles."""
-        return build_plan(self.pattern, self.layout, q_tile=q_tile, k_tile=k_tile).stats()
+        return build_plan(self.pattern, self.layout, data=self.data, q_tile=q_tile, k_tile=k_tile).stats()
 
     def to(self, device: torch.device | str) -> "Plan":
         """The plan on another device; plans moved lately are kept."""
@@ -153,6 +156,7 @@ def build_plan(
     pattern: Pattern,
     layout: Layout,
     *,
+    data: Mapping[str, np.ndarray | torch.Tensor] | None = None,
     q_tile: Tile = None,
     k_tile: Tile = None,
     device: torch.device | str = "cpu",
@@ -160,6 +164,7 @@ def build_plan(
     """The plan of a pattern on a layout, from a cache of the last `CACHED_PLANS`.
 
     Args:
+        data: arrays that the pattern names (masks, groups); plans are told apart by their contents.
         q_tile, k_tile: tokens of a tile (a power of two from 32 to 256; the shape is then searched), or its shape
             (F, H, W) on the target. By default 128 queries and 64 keys.
 
@@ -167,7 +172,8 @@ def build_plan(
         ConfigError: a tile that is not allowed, or a setting of the pattern that does not fit the layout.
         PlanTooLargeError: the lists or masks pass their limits.
     """
-    return _cached(_Request(pattern.key(), layout, q_tile, k_tile, str(device), pattern))
+    arrays = {name: np.asarray(array) for name, array in (data or {}).items()}
+    return _cached(_Request(pattern.key(), layout, _digest(arrays), q_tile, k_tile, str(device), pattern, arrays))
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,23 @@ class _Request:
 
     key: str
     layout: Layout
+    digest: str
     q_tile: Tile
     k_tile: Tile
     device: str
     pattern: Pattern = field(compare=False)
+    data: Data = field(compare=False)
+
+
+def _digest(data: Data) -> str:
+    """Equal exactly for equal arrays under equal names; "" for none."""
+    if not data:
+        return ""
+    state = hashlib.sha256()
+    for name, array in sorted(data.items()):
+        state.update(f"{name} {array.dtype} {array.shape} ".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
 
 
 @lru_cache(maxsize=CACHED_PLANS)
@@ -187,7 +206,7 @@ def _cached(request: _Request) -> Plan:
     if torch.device(request.device).type != "cpu":
         return _cached(replace(request, device="cpu")).to(request.device)
     q_size, k_size = _tile_size("q_tile", request.q_tile, Q_TILE), _tile_size("k_tile", request.k_tile, K_TILE)
-    rule = request.pattern.bind(request.layout)
+    rule = request.pattern.bind(request.layout, request.data)
     step = rule.tile_step(rule.layout.target)
     q_shape, k_shape = _shapes(rule, request, q_size, k_size, step)
     pairs = TilePairs(
@@ -201,7 +220,7 @@ def _cached(request: _Request) -> Plan:
     longest = np.max([group.counts for group in groups], axis=0)
     order = torch.from_numpy(np.argsort(-longest, kind="stable").astype(np.int32))
     useful = tuple(group.useful for group in groups)
-    return Plan(request.pattern, request.layout, lists, order, q_shape, k_shape, useful, rule)
+    return Plan(request.pattern, request.layout, lists, order, q_shape, k_shape, useful, rule, request.data)
 
 
 @lru_cache(maxsize=CACHED_PLANS)

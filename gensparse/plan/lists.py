@@ -12,7 +12,7 @@ import numpy as np
 from gensparse.errors import PlanTooLargeError
 from gensparse.layout import Boxes, Coords, Ints
 from gensparse.patterns.base import FULL, NONE, Rule
-from gensparse.plan.signature import combine, signature
+from gensparse.patterns.codes import combine
 from gensparse.plan.tiles import SegmentTiles
 
 ENTRY_LIMIT = 1 << 25  # listed tile pairs of a plan, 256 MB
@@ -172,7 +172,7 @@ def _by_segment(pairs: TilePairs, q: Ints, k: Ints) -> Iterator[tuple[SegmentTil
 
 def _kinds(rule: Rule, group: int, queries: SegmentTiles, keys: SegmentTiles, q: Ints, k: Ints) -> tuple[Ints, Ints]:
     """First pair of every kind that may have a mask of its own, and the kind of every pair."""
-    columns = signature(rule, _take(queries, q), _take(keys, k), group)
+    columns = rule.signature(_take(queries, q), _take(keys, k), group)
     if columns is None:
         return np.arange(len(q)), np.arange(len(q))
     counts: Sequence[Ints] = [*queries.count[q].T, *keys.count[k].T]

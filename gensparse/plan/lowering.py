@@ -17,8 +17,8 @@ from gensparse.kernels.halo import TileClass
 from gensparse.kernels.partition import Windows
 from gensparse.layout import Boxes, Coords, Grid, Ints
 from gensparse.patterns.base import FULL, NONE, Rule
+from gensparse.patterns.codes import combine
 from gensparse.plan.search import fitting, shapes_of
-from gensparse.plan.signature import combine, signature
 from gensparse.plan.tiles import SegmentTiles, raster, slot_coords
 
 HALO_SIZES = (32, 64, 128, 256)  # queries of a tile
@@ -178,7 +178,7 @@ def _classes(rule: Rule, group: int, tiles: SegmentTiles, lo: Ints, size: Ints, 
     boxes = tiles.boxes
     keys = Boxes(boxes.segment, lo, np.maximum(lo + boxes.step * (size - 1) + 1, lo), boxes.step)
     some = size.min(axis=1) > 0
-    columns = signature(rule, boxes, _non_empty(keys), group)
+    columns = rule.signature(boxes, _non_empty(keys), group)
     if columns is None:
         columns = [np.arange(len(tiles))]
     code = combine([*tiles.count.T, *size.T, *(lo - boxes.lo).T, *columns])
