@@ -75,6 +75,14 @@ def cut_scenes(window: Window, first_seed: int) -> list[int]:
     return seeds
 
 
+def _offset(side: int, rng: np.random.Generator) -> int:
+    """Where a close-up starts on one axis of a picture of `side` pixels; a third of them lie at a border."""
+    last = (side - CLOSE_SIDE) // TOKEN
+    if rng.random() < 1 / 3:
+        return int(rng.integers(2)) * last * TOKEN
+    return int(rng.integers(last + 1)) * TOKEN
+
+
 def close_group(vae: AutoencoderTiny, first_seed: int) -> tuple[torch.Tensor, np.ndarray, list[int]]:
     """(latents, ids, seeds) of one window at one zoom in GROUP scenes.
 
@@ -85,7 +93,7 @@ def close_group(vae: AutoencoderTiny, first_seed: int) -> tuple[torch.Tensor, np
     zoom = int(rng.choice(ZOOMS))
     side = NATIVE * zoom
     outer = min(CLOSE_SIDE + 2 * CLOSE_MARGIN, side)
-    top, left = (int(t) * TOKEN for t in rng.integers(0, (side - CLOSE_SIDE) // TOKEN + 1, 2))
+    top, left = (_offset(side, rng) for _ in range(2))
     y, x = (min(max(t - CLOSE_MARGIN, 0), side - outer) for t in (top, left))
     seeds = cut_scenes((top / side, left / side, (top + CLOSE_SIDE) / side, (left + CLOSE_SIDE) / side), first_seed)
     grown = (y / side, x / side, (y + outer) / side, (x + outer) / side)
