@@ -14,6 +14,7 @@ _EXPORTS = {
     "Handle": "gensparse.attach",
     "sparse_attention": "gensparse.attention",
     "explain": "gensparse.attention",
+    "length_bias": "gensparse.attention",
     "build_plan": "gensparse.plan",
     "Plan": "gensparse.plan",
     "Layout": "gensparse.layout",
@@ -35,6 +36,7 @@ __all__ = [
     "apply",
     "build_plan",
     "explain",
+    "length_bias",
     "load_embedded",
     "make_processors",
     "remove",
@@ -43,7 +45,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from gensparse.attach import Handle, applied, apply, make_processors, remove
-    from gensparse.attention import explain, sparse_attention
+    from gensparse.attention import explain, length_bias, sparse_attention
     from gensparse.embedded import load_embedded
     from gensparse.errors import ConfigError, GensparseError
     from gensparse.layout import Layout, Segment

@@ -13,6 +13,7 @@ from gensparse.kernels import halo, partition, plan_loop, reference
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.need import Need
 from gensparse.kernels.pool import pool_keys
+from gensparse.layout import Layout
 from gensparse.patterns.base import Source
 from gensparse.plan import Plan
 
@@ -85,6 +86,40 @@ def sparse_attention(
     chosen = BACKENDS[_choose(plan, need)] if backend is None else _explicit(backend, need)
     out, lse = chosen.run(Call(q, k, v, plan, groups, key_bias, scale, return_lse))
     return (out, lse) if return_lse else out
+
+
+def length_bias(lengths: Tensor, layout: Layout, segment: int) -> Tensor:
+    """The key_bias of samples that fill a segment only partly (text of different lengths in one batch).
+
+    Made on the device of `lengths` without waiting for it.
+
+    Args:
+        lengths: integer [B], valid tokens at the start of the segment in every sample.
+        layout: of the call.
+        segment: index of the segment in `layout`.
+
+    Returns:
+        fp32 [B, 1, S], 0 for valid keys and all other segments, -inf for the rest.
+
+    Raises:
+        ConfigError: lengths of another shape or dtype, or a segment the layout does not have.
+    """
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ConfigError(
+            f"length_bias lengths are {lengths.dtype} {tuple(lengths.shape)}; pass integers of shape [B], the valid "
+            "tokens of every sample."
+        )
+    if type(segment) is not int or not 0 <= segment < len(layout.segments):
+        raise ConfigError(
+            f"length_bias segment={segment!r} is not in the layout; pass an index from 0 to {len(layout.segments) - 1}."
+        )
+    bias = torch.zeros(len(lengths), 1, layout.tokens, device=lengths.device)
+    first = 0
+    for start, stop in layout.runs(segment):
+        token = torch.arange(first, first + stop - start, device=lengths.device)
+        bias[:, 0, start:stop].masked_fill_(token >= lengths[:, None], float("-inf"))
+        first += stop - start
+    return bias
 
 
 def explain(plan: Plan, q: Tensor) -> dict[str, str | None]:
@@ -196,8 +231,11 @@ def _source_keys(
             "its (k, v)."
         )
     segment = plan.layout.segments[source.of]
-    start = plan.layout.starts[source.of]
-    own = (x[:, start : start + segment.length] for x in (k, v))
+    runs = plan.layout.runs(source.of)
+    own = (
+        torch.cat([x[:, first:last] for first, last in runs], 1) if len(runs) > 1 else x[:, slice(*runs[0])]
+        for x in (k, v)
+    )
     pooled = [pool_keys(x, segment.shape, source.cells, given) for x in own]
     return pooled[0], pooled[1]
 
@@ -232,16 +270,14 @@ def _own_bias(plan: Plan, source: Source, device: torch.device) -> Tensor:
 
 def _run_works(attend: Callable[..., Result], works: tuple[Work, ...] | None, call: Call) -> Result:
     assert works is not None, "why_not answers for plans without the form"
-    return attend(
-        call.q,
-        call.k,
-        call.v,
-        works,
-        groups=call.groups,
-        key_bias=call.key_bias,
-        scale=call.scale,
-        return_lse=call.return_lse,
-    )
+    options = {"groups": call.groups, "scale": call.scale, "return_lse": call.return_lse}
+    if call.plan.places is None:
+        return attend(call.q, call.k, call.v, works, key_bias=call.key_bias, **options)
+    places, order = call.plan.places
+    keys = torch.cat([places, torch.arange(len(places), call.k.shape[1], device=places.device)])
+    bias = None if call.key_bias is None else call.key_bias[..., keys]
+    out, lse = attend(call.q[:, places], call.k[:, keys], call.v[:, keys], works, key_bias=bias, **options)
+    return out[:, order], None if lse is None else lse[:, order]
 
 
 def _run_partition(call: Call) -> Result:

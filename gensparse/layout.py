@@ -2,11 +2,14 @@
 
 A layout is an ordered list of segments (text, target picture, references, ...) along the sequence axis. Tokens of a
 segment lie on its own grid (F, H, W) in raster order. All sizes count tokens, never pixels or latent cells.
+
+Two orders are told apart. Segment order is one segment after the other; `starts` counts in it. Sequence order is that
+of the tensors of a call. They differ only under sequence parallelism, see `Layout.ulysses`.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from math import prod
 from operator import index
 from typing import NamedTuple
@@ -79,11 +82,18 @@ class Segment:
 class Layout:
     """Ordered segments of one attention call, exactly one of them the target.
 
+    Args:
+        segments: the segments in order.
+        parts, streams: how the sequence is interleaved, see `ulysses`; 1 and () for plain segment order.
+
     Raises:
-        ConfigError: no segment, something that is not a Segment, or not exactly one target.
+        ConfigError: no segment, something that is not a Segment, not exactly one target, or parts and streams that do
+            not fit the segments.
     """
 
     segments: tuple[Segment, ...]
+    parts: int = 1
+    streams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segments", tuple(self.segments))
@@ -93,6 +103,19 @@ class Layout:
         targets = sum(segment.kind == "target" for segment in self.segments)
         if targets != 1:
             raise ConfigError(f"Layout has {targets} target segments; pass exactly one segment of kind 'target'.")
+        object.__setattr__(self, "parts", _count("Layout parts", self.parts))
+        object.__setattr__(self, "streams", tuple(_count("Layout streams", n) for n in self.streams))
+        if self.streams and sum(self.streams) != len(self.segments):
+            raise ConfigError(
+                f"Layout streams={self.streams} join {sum(self.streams)} segments but there are {len(self.segments)}; "
+                "pass how many consecutive segments each sharded tensor holds."
+            )
+        shortest = min(stop - start for start, stop in self._stream_ranges())
+        if shortest < self.parts:
+            raise ConfigError(
+                f"Layout parts={self.parts} cannot cut a tensor of {shortest} tokens; pass at most as many parts as "
+                "the shortest sharded tensor has tokens."
+            )
 
     @classmethod
     def image(cls, height: int, width: int, *, text: int = 0, text_first: bool = True) -> "Layout":
@@ -120,6 +143,24 @@ class Layout:
         words = [Segment("text", length)] if length else []
         return cls((*words, own, *extra) if text_first else (own, *extra, *words))
 
+    @classmethod
+    def ulysses(cls, layout: "Layout", parts: int, *, streams: Iterable[int] = ()) -> "Layout":
+        """The order that Ulysses sequence parallelism gives the full sequence: text_0, image_0, text_1, image_1, ...
+
+        Every sharded tensor is cut in `parts` chunks like torch.tensor_split (torch.chunk where the parts are equal),
+        and after the all-to-all the chunks of rank 0 come first, then those of rank 1, and so on.
+
+        Args:
+            layout: the sequence of one process, before it is sharded.
+            parts: ranks.
+            streams: how many consecutive segments each sharded tensor holds; by default every segment is a tensor of
+                its own. A picture and its references in one tensor, after the text: (1, 2).
+
+        Raises:
+            ConfigError: parts or streams that do not fit, or a tensor with fewer tokens than parts.
+        """
+        return replace(layout, parts=parts, streams=tuple(streams))
+
     @property
     def tokens(self) -> int:
         """Number of tokens of the whole sequence."""
@@ -127,7 +168,7 @@ class Layout:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Index of the first token of every segment."""
+        """Index of the first token of every segment, in segment order."""
         return tuple(accumulate((segment.length for segment in self.segments[:-1]), initial=0))
 
     @property
@@ -142,15 +183,63 @@ class Layout:
 
     def coords(self) -> Coords:
         """Coordinates of all tokens in sequence order: segment [N], position [N, 3]."""
-        return segment_coords(self.segments)
+        coords, order = segment_coords(self.segments), self.order()
+        return coords if order is None else Coords(coords.segment[order], coords.position[order])
+
+    def order(self) -> Ints | None:
+        """Segment-order index of the token at every place of the sequence [N]; None where both orders are equal."""
+        if self.parts == 1:
+            return None
+        return np.concatenate([np.arange(*chunk) for chunk in self._chunks()])
+
+    def places(self) -> Ints | None:
+        """Place in the sequence of every token in segment order [N], the inverse of `order`."""
+        order = self.order()
+        if order is None:
+            return None
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return places
+
+    def runs(self, segment: int) -> list[tuple[int, int]]:
+        """Where the tokens of a segment stand: (first, last + 1) places of the sequence, in the segment's order."""
+        first = self.starts[segment]
+        last = first + self.segments[segment].length
+        found, place = [], 0
+        for start, stop in self._chunks():
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                found.append((place + low - start, place + high - start))
+            place += stop - start
+        return found
+
+    def _stream_ranges(self) -> list[tuple[int, int]]:
+        """(first, last + 1) token of every sharded tensor, in segment order."""
+        counts = self.streams or (1,) * len(self.segments)
+        edges = (*self.starts, self.tokens)
+        return [(edges[a], edges[b]) for a, b in pairwise(accumulate(counts, initial=0))]
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """(first, last + 1) token in segment order of every chunk of the sequence."""
+        return [
+            (start + _cut(stop - start, self.parts, part), start + _cut(stop - start, self.parts, part + 1))
+            for part in range(self.parts)
+            for start, stop in self._stream_ranges()
+        ]
 
 
 def segment_coords(segments: Sequence[Segment]) -> Coords:
     """Coordinates of the tokens of consecutive segments: segment [N], position [N, 3]."""
-    lengths = [segment.length for segment in segments]
+    lengths = np.array([segment.length for segment in segments], np.int64)
     numbers = np.repeat(np.arange(len(segments)), lengths)
     positions = [np.indices(segment.shape).reshape(3, -1).T for segment in segments]
     return Coords(numbers, np.concatenate(positions) if positions else np.zeros((0, 3), np.int64))
+
+
+def _cut(length: int, parts: int, part: int) -> int:
+    """First token of a part when `length` tokens are cut like torch.tensor_split: first parts take the remainder."""
+    size, remainder = divmod(length, parts)
+    return part * size + min(part, remainder)
 
 
 def _reference(number: int, item: Grid | Segment) -> Segment:

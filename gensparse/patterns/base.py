@@ -103,6 +103,13 @@ class Rule(ABC):
     def key_segments(self) -> tuple[Segment, ...]:
         return self.layout.segments + tuple(source.segment for source in self.sources)
 
+    def key_coords(self) -> Coords:
+        """Coordinates of all keys: own tokens in the order of the sequence, then the sources."""
+        own = self.layout.coords()
+        extra = segment_coords([source.segment for source in self.sources])
+        number = extra.segment + len(self.layout.segments)
+        return Coords(np.concatenate([own.segment, number]), np.concatenate([own.position, extra.position]))
+
     @abstractmethod
     def allowed(self, q: Coords, k: Coords, group: int = 0) -> Bools:
         """Whether each query may see each key."""
@@ -117,7 +124,7 @@ class Rule(ABC):
 
     def dense_mask(self) -> Bools:
         """Allowed pairs as bool [G, Nq, Nk], see `Pattern.dense_mask`."""
-        queries, keys = self.layout.coords(), segment_coords(self.key_segments)
+        queries, keys = self.layout.coords(), self.key_coords()
         shape = (self.groups, len(queries.segment), len(keys.segment))
         if np.prod(shape, dtype=np.int64) > DENSE_MASK_LIMIT:
             raise PlanTooLargeError(

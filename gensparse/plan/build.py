@@ -17,7 +17,7 @@ import torch
 from gensparse.errors import ConfigError
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.plan_loop import TileLists
-from gensparse.layout import Grid, Layout
+from gensparse.layout import Grid, Ints, Layout
 from gensparse.patterns.base import Data, Pattern, Rule, Source
 from gensparse.plan.lists import GroupLists, TilePairs, list_tiles
 from gensparse.plan.lowering import NotLoweredError, lower_halo, lower_partition
@@ -76,6 +76,17 @@ class Plan:
 
     @cached_property
     def density(self) -> float:
+    @cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(places, order), int64 [tokens] each, of an interleaved layout (see `Layout.ulysses`), None for a plain one.
+
+        `x[:, places]` brings own tokens into segment order, `x[:, order]` brings them back.
+        """
+        places, order = self.layout.places(), self.layout.order()
+        if places is None or order is None:
+            return None
+        return torch.from_numpy(places).to(self.device), torch.from_numpy(order).to(self.device)
+
         """Allowed pairs / (queries * keys), mean over the groups."""
         return sum(self.useful) / (len(self.useful) * self.tokens * self.keys)
 
@@ -84,7 +95,10 @@ class Plan:
         return self.lists.q_rows.device
 
     def halo(self) -> tuple[Work, ...] | None:
-        """Per group, tiles with one box of keys each; None where there is no such form (see `refused`)."""
+        """Per group, tiles with one box of keys each; None where there is no such form (see `refused`).
+
+        Both lowered forms count tokens in segment order, see `places`.
+        """
         return self._halo if isinstance(self._halo, tuple) else None
 
     def partition(self) -> tuple[Work, ...] | None:
@@ -216,7 +230,7 @@ def _cached(request: _Request) -> Plan:
         k_size,
     )
     groups = [list_tiles(rule, group, pairs) for group in range(rule.groups)]
-    lists = _tensors(pairs, groups)
+    lists = _tensors(pairs, groups, rule.layout.places())
     longest = np.max([group.counts for group in groups], axis=0)
     order = torch.from_numpy(np.argsort(-longest, kind="stable").astype(np.int32))
     useful = tuple(group.useful for group in groups)
@@ -253,9 +267,9 @@ def _tile_size(name: str, tile: Tile, default: int) -> int:
     return slots
 
 
-def _tensors(pairs: TilePairs, groups: Sequence[GroupLists]) -> TileLists:
-    q_rows = np.concatenate([tiles.rows(pairs.q_size) for tiles in pairs.queries])
-    k_rows = np.concatenate([tiles.rows(pairs.k_size) for tiles in pairs.keys])
+def _tensors(pairs: TilePairs, groups: Sequence[GroupLists], places: Ints | None) -> TileLists:
+    q_rows = _placed(np.concatenate([tiles.rows(pairs.q_size) for tiles in pairs.queries]), places)
+    k_rows = _placed(np.concatenate([tiles.rows(pairs.k_size) for tiles in pairs.keys]), places)
     ends = np.cumsum([0, *(len(group.key_tile) for group in groups)])
     pointers = [np.cumsum([first, *group.counts]) for first, group in zip(ends, groups, strict=False)]
     masks, ids = _atlas(groups)
@@ -276,3 +290,11 @@ def _atlas(groups: Sequence[GroupLists]) -> tuple[np.ndarray, np.ndarray]:
         return masks, ids
     _, first, index = np.unique(rows.view(f"V{rows.shape[1]}").reshape(-1), return_index=True, return_inverse=True)
     return masks[first], np.where(ids < 0, -1, index.reshape(-1)[np.maximum(ids, 0)])
+def _placed(rows: Ints, places: Ints | None) -> Ints:
+    """Rows of own tokens as places of the sequence; empty slots (-1) and the keys of sources stay."""
+    if places is None:
+        return rows
+    own = (rows >= 0) & (rows < len(places))
+    return np.where(own, places[np.where(own, rows, 0)], rows)
+
+
