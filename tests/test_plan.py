@@ -1,6 +1,7 @@
 """Plans against brute force: lists, masks, lowered forms, counts, limits."""
 
 import gc
+import re
 import tracemalloc
 
 import numpy as np
@@ -15,6 +16,7 @@ from gensparse.patterns import MSW, Blocks, Box, CrissCross, Disc, Neighborhood,
 from gensparse.patterns.base import NO_DATA, Rule
 from gensparse.patterns.disc import _DiscRule
 from gensparse.plan import Plan, build_plan
+from gensparse.plan import build as build_module
 from gensparse.plan import lists as lists_module
 
 LAYOUTS = [layouts(grid)[number % 2] for number, grid in enumerate(GRIDS)]
@@ -141,6 +143,71 @@ def test_flux_4096_density_matches_the_closed_form(radius, density):
     assert stats["useful_pairs"] < stats["visited_pairs"] < 1.6 * stats["useful_pairs"]
 
 
+FLUX_4096 = Layout.image(256, 256)
+WAN = Layout.video(21, 45, 80)
+# (pattern, layout, query tile, key tile, visited / useful pairs) as a sampling simulator counted them
+SIMULATED = [
+    (Disc(8), FLUX_4096, (1, 16, 8), (1, 8, 8), 3.81),
+    (Disc(8), FLUX_4096, (1, 8, 8), (1, 8, 8), 2.94),
+    (Disc(16), FLUX_4096, (1, 16, 8), (1, 8, 8), 2.32),
+    (Disc(16), FLUX_4096, (1, 8, 8), (1, 8, 8), 1.95),
+    (Disc(32), FLUX_4096, (1, 16, 8), (1, 8, 8), 1.66),
+    (Disc(32), FLUX_4096, (1, 8, 8), (1, 8, 8), 1.49),
+    (Disc(8), FLUX_4096, (1, 1, 128), (1, 1, 64), 15.09),
+    (Neighborhood(16), FLUX_4096, (1, 16, 8), (1, 8, 8), 2.76),
+    (Neighborhood(16), FLUX_4096, (1, 8, 8), (1, 8, 8), 2.16),
+    (Neighborhood(80), FLUX_4096, (1, 16, 8), (1, 8, 8), 1.23),
+    (Disc(8), Layout.image(64, 64), (1, 16, 8), (1, 8, 8), 3.55),
+    (Disc(8), Layout.image(64, 64), (1, 2, 64), (1, 1, 64), 5.54),
+    (Disc(32), Layout.image(64, 64), (1, 16, 8), (1, 8, 8), 1.44),
+    (Neighborhood((9, 24, 24)), WAN, (4, 4, 4), (4, 4, 4), 2.04),
+    (Neighborhood((9, 24, 24)), WAN, (4, 4, 8), (4, 4, 4), 2.26),
+    (Neighborhood((9, 24, 24)), WAN, (3, 5, 8), (3, 5, 4), 2.38),
+    (Neighborhood((21, 23, 23)), WAN, (3, 5, 8), (3, 5, 4), 1.87),
+    (Neighborhood((5, 15, 27)), WAN, (1, 8, 16), (1, 8, 8), 2.48),
+    (Neighborhood((5, 15, 27)), WAN, (3, 5, 8), (3, 5, 4), 3.57),
+]
+
+
+@pytest.mark.parametrize(("pattern", "layout", "q_tile", "k_tile", "ratio"), SIMULATED, ids=str)
+def test_simulated_tiles_visit_what_an_independent_simulator_counts(pattern, layout, q_tile, k_tile, ratio):
+    stats = build_plan(pattern, layout).simulate(q_tile, k_tile)
+    assert stats["visited_pairs"] / stats["useful_pairs"] == pytest.approx(ratio, rel=0.05)
+    assert (stats["q_tile"], stats["k_tile"]) == (q_tile, k_tile)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "tile", "flop", "tiles", "masked"),
+    [
+        (80, 1, (1, 16, 8), 10.24, 7.5, 0.50),
+        (80, 16, (1, 16, 8), 10.24, 10.24, 0.0),
+        (80, 1, (1, 1, 128), 10.24, 3.2, 1.0),
+    ],
+)
+def test_bounds_of_neighborhoods_at_4096(window, stride, tile, flop, tiles, masked):
+    """The speed-ups that counting allows, as published for FLUX at 4096 (GNA 2504.16922)."""
+    plan = build_plan(Neighborhood(window, stride=stride), FLUX_4096, q_tile=tile, k_tile=tile)
+    stats = plan.stats()
+    assert stats["flop_bound"] == pytest.approx(flop, rel=1e-3)
+    assert stats["tile_bound"] == pytest.approx(tiles, rel=5e-3)
+    assert float((plan.lists.mask_id >= 0).float().mean()) == pytest.approx(masked, abs=5e-3)
+
+
+def test_stats_count_what_the_lists_hold():
+    """Every number from its definition."""
+    plan = build_plan(Disc(4) | Text() | Pooled(3, weights="mean"), Layout.image(17, 13, text=70), q_tile=64, k_tile=32)
+    stats, lists = plan.stats(), plan.lists
+    mask = plan.pattern.dense_mask(plan.layout)
+    tiles = len(lists.q_rows), len(lists.k_rows), len(lists.key_tile)
+    assert stats["tokens"] == 17 * 13 + 70
+    assert stats["useful_pairs"] == mask.sum()
+    assert stats["visited_pairs"] == tiles[2] * 64 * 32
+    assert stats["density"] == mask.mean()
+    assert stats["bytes"] == 4 * (sum(x.numel() for x in lists) + tiles[0])
+    assert stats["flop_bound"] == pytest.approx(1 / mask.mean())
+    assert stats["tile_bound"] == pytest.approx(tiles[0] * tiles[1] / tiles[2])
+
+
 def test_density_counts_pooled_keys_and_averages_the_menu():
     layout = Layout.image(8, 8)
     plan = build_plan(PerHead((Disc(1) | Pooled(4), Blocks(4))), layout)
@@ -222,15 +289,28 @@ def test_tiles_that_are_not_allowed_are_named(tile):
         build_plan(Disc(3), Layout.image(9, 9), k_tile=tile)
 
 
-def test_too_many_listed_tiles_are_refused(monkeypatch):
+def test_too_many_listed_tiles_are_refused_with_their_number(monkeypatch):
+    layout = Layout.image(65, 63)
+    listed = len(build_plan(Disc(9), layout).lists.key_tile)
     monkeypatch.setattr(lists_module, "ENTRY_LIMIT", 50)
-    with pytest.raises(PlanTooLargeError, match="more than 50"):
-        build_plan(Disc(9), Layout.image(65, 63))
+    build_module._cached.cache_clear()
+    with pytest.raises(PlanTooLargeError, match="limit is 50") as caught:
+        build_plan(Disc(9), layout)
+    named = int(re.search(r"up to (\d+) tile pairs", str(caught.value))[1])
+    assert listed <= named <= 1.2 * listed
 
 
-def test_too_many_masks_are_refused(monkeypatch):
+def test_dense_attention_of_many_tokens_is_refused_with_its_exact_size(monkeypatch):
+    monkeypatch.setattr(lists_module, "ENTRY_LIMIT", 1 << 18)
+    with pytest.raises(PlanTooLargeError, match=r"up to 524288 tile pairs \(4 MiB\), the limit is 262144 \(2 MiB\)"):
+        build_plan(Blocks(None), Layout.image(256, 256))
+
+
+def test_too_many_masks_are_refused_with_their_number(monkeypatch):
     monkeypatch.setattr(lists_module, "ATLAS_LIMIT", 2048)
-    with pytest.raises(PlanTooLargeError, match="masks"):
+    with pytest.raises(
+        PlanTooLargeError, match=r"needs \d+ tile masks of 128 x 64 bits \(\d+ MiB\), the limit is 0 MiB"
+    ):
         build_plan(Disc(9), Layout.image(66, 63))
 
 

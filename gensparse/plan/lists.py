@@ -15,7 +15,8 @@ from gensparse.patterns.base import FULL, NONE, Rule
 from gensparse.patterns.codes import combine
 from gensparse.plan.tiles import SegmentTiles
 
-ENTRY_LIMIT = 1 << 25  # listed tile pairs of a plan, 256 MB
+ENTRY_LIMIT = 1 << 25  # listed tile pairs of a pattern of the menu
+ENTRY_BYTES = 8  # a key tile and a mask number
 ATLAS_LIMIT = 64 << 20  # bytes of bit masks
 _CANDIDATES = 1 << 22  # tile pairs tested at once
 _EVALUATIONS = 1 << 21  # token pairs evaluated at once
@@ -97,9 +98,11 @@ def _related(rule: Rule, group: int, pairs: TilePairs) -> tuple[Ints, Ints, np.n
         parts.append(part)
         total += len(part[0])
         if total > ENTRY_LIMIT:
+            most = _most_pairs(rule, group, pairs)
             raise PlanTooLargeError(
-                f"A plan of {len(pairs.query_counts)} x {len(pairs.key_counts)} tiles lists more than {ENTRY_LIMIT} "
-                "tile pairs; use larger tiles, a smaller picture or dense attention."
+                f"A plan of {len(pairs.query_counts)} x {len(pairs.key_counts)} tiles would list up to {most} tile "
+                f"pairs ({most * ENTRY_BYTES >> 20} MiB), the limit is {ENTRY_LIMIT} "
+                f"({ENTRY_LIMIT * ENTRY_BYTES >> 20} MiB); use larger tiles, a smaller picture or dense attention."
             )
     q, k, relation = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(q, kind="stable")
@@ -134,6 +137,22 @@ def _candidates(rule: Rule, group: int, queries: SegmentTiles, keys: SegmentTile
         yield q + start, k
 
 
+def _most_pairs(rule: Rule, group: int, pairs: TilePairs) -> int:
+    """Number of tile pairs inside the key boxes: what a plan lists at most."""
+    total = 0
+    for queries in pairs.queries:
+        for keys in pairs.keys:
+            lo, hi = (
+                np.broadcast_to(edge, (len(queries), 3)) for edge in rule.key_box(queries.boxes, keys.number, group)
+            )
+            counts = np.where((hi > lo).all(axis=1), 1, 0)
+            for n, axis in enumerate(keys.axes):
+                starts, ends = np.sort(axis.lo), np.sort(axis.hi)
+                counts = counts * (np.searchsorted(starts, hi[:, n]) - np.searchsorted(ends, lo[:, n], "right"))
+            total += int(counts.sum())
+    return total
+
+
 def _take(tiles: SegmentTiles, index: Ints) -> Boxes:
     boxes = tiles.boxes
     return Boxes(boxes.segment[index], boxes.lo[index], boxes.hi[index], boxes.step)
@@ -144,12 +163,13 @@ def _masks(rule: Rule, group: int, pairs: TilePairs, q: Ints, k: Ints) -> tuple[
     empty = np.zeros((0, pairs.q_size, pairs.k_size // 8), np.uint8)
     if not len(q):
         return np.zeros(0, np.int64), empty
+    split = list(_by_segment(pairs, q, k))
+    kinds = [_kinds(rule, group, queries, keys, q_own, k_own) for queries, keys, _, q_own, k_own in split]
+    _check_atlas(sum(len(first) for first, _ in kinds), pairs)
     kind = np.zeros(len(q), np.int64)
     found = [empty]
     number = 0
-    for queries, keys, chosen, q_own, k_own in _by_segment(pairs, q, k):
-        first, index = _kinds(rule, group, queries, keys, q_own, k_own)
-        _check_atlas(len(first) + number, pairs)
+    for (queries, keys, chosen, q_own, k_own), (first, index) in zip(split, kinds, strict=True):
         found.append(_evaluate(rule, group, queries, keys, pairs, q_own[first], k_own[first]))
         kind[chosen] = index + number
         number += len(first)
