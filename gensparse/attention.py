@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from gensparse.errors import BackendError, ConfigError, LayoutMismatchError
 from gensparse.kernels import halo, partition, plan_loop, reference
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.need import Need
-from gensparse.kernels.pool import pool_keys
+from gensparse.kernels.pool import cell_counts, pool_keys
 from gensparse.layout import Layout
 from gensparse.patterns.base import Source
 from gensparse.plan import Plan
@@ -236,7 +237,7 @@ def _source_keys(
         torch.cat([x[:, first:last] for first, last in runs], 1) if len(runs) > 1 else x[:, slice(*runs[0])]
         for x in (k, v)
     )
-    pooled = [pool_keys(x, segment.shape, source.cells, given) for x in own]
+    pooled = [pool_keys(x, segment.shape, source.cells, given, source.shift) for x in own]
     return pooled[0], pooled[1]
 
 
@@ -257,15 +258,11 @@ def _source_bias(k: Tensor, plan: Plan, key_bias: Tensor | None) -> Tensor | Non
 
 def _own_bias(plan: Plan, source: Source, device: torch.device) -> Tensor:
     """What a source adds to the logits of its keys, float64 [tokens]: a constant, or ln(tokens in every cell)."""
-    if source.bias != "log_count":
+    if not isinstance(source.bias, str):
         return torch.full((source.segment.length,), float(source.bias), dtype=torch.float64, device=device)
-    grid = plan.layout.segments[source.of].shape
-    counts = [
-        (length - torch.arange(0, length, cell)).clamp_max(cell).double()
-        for length, cell in zip(grid, source.cells, strict=True)
-    ]
-    cells = counts[0][:, None, None] * counts[1][:, None] * counts[2]
-    return cells.log().reshape(-1).to(device)
+    counts = cell_counts(plan.layout.segments[source.of].shape, source.cells, source.shift, device)
+    whole = prod(source.cells) if source.bias == "log_share" else 1
+    return (counts.double() / whole).log()
 
 
 def _run_works(attend: Callable[..., Result], works: tuple[Work, ...] | None, call: Call) -> Result:

@@ -9,13 +9,17 @@ from gensparse.patterns import (
     Disc,
     Grid,
     Halo,
+    HiLo,
     LongDistance,
     Neighborhood,
     Pattern,
     PerHead,
     Pooled,
+    Proxy,
+    Pyramid,
     Stripes,
     Text,
+    VaryingWindow,
 )
 
 GRIDS = [(1, 1, 1), (1, 1, 13), (1, 7, 1), (1, 7, 11), (1, 8, 12), (3, 1, 5), (2, 5, 7), (5, 3, 4)]
@@ -60,6 +64,14 @@ COMPOSED: list[Pattern] = [
     Box(2) & Grid(3),
     PerHead((Stripes(2, "horizontal"), Stripes(2, "vertical"))) | Text(),
     PerHead((Disc(2) | Pooled(2, weights="mean"), Neighborhood(3), Blocks(3) & Disc(3))) | Text(),
+    Proxy(4) | Text(),
+    Proxy(3, shift=1) | Text(),
+    Text() | Blocks(4) | Pooled(2, weights="mean", bias=0.5, shift=1, exclude=Blocks(4)),
+    Pyramid((2, 4), (1, Disc(3))) | Text(),
+    Pyramid((3,), (Neighborhood(3, dilation=2),)),
+    VaryingWindow(2, 2) | Text(),
+    VaryingWindow(3, 3),
+    HiLo(3, heads=2, low_heads=1) | Text(),
 ]
 
 

@@ -6,7 +6,7 @@ from gensparse.patterns.box import Box
 from gensparse.patterns.cross import CrissCross, Stripes
 from gensparse.patterns.disc import Disc
 from gensparse.patterns.neighborhood import Neighborhood
-from gensparse.patterns.pooled import Pooled
+from gensparse.patterns.pooled import HiLo, Pooled, Proxy, Pyramid, VaryingWindow
 from gensparse.patterns.segments import Text
 
 __all__ = [
@@ -20,15 +20,19 @@ __all__ = [
     "Disc",
     "Grid",
     "Halo",
+    "HiLo",
     "Intersection",
     "LongDistance",
     "Neighborhood",
     "Pattern",
     "PerHead",
     "Pooled",
+    "Proxy",
+    "Pyramid",
     "Rule",
     "Source",
     "Stripes",
     "Text",
     "Union",
+    "VaryingWindow",
 ]

@@ -39,7 +39,9 @@ class Source:
         of: index of the layout segment the keys are pooled from; None when the caller always passes the tensors.
         cells: tokens per cell on each axis (F, H, W).
         weights: "mean" of the cell, "learned" weights per position in the cell, or "given" (k, v) tensors.
-        bias: added to the logits of all its keys; "log_count" adds ln(tokens in the cell) to each.
+        bias: added to the logits of all its keys; "log_count" adds ln(tokens in the cell) to each, "log_share" the
+            same less ln(tokens in a whole cell).
+        shift: tokens before the first whole cell on each axis.
     """
 
     segment: Segment
@@ -47,6 +49,7 @@ class Source:
     cells: Grid = (1, 1, 1)
     weights: str = "given"
     bias: float | str = 0.0
+    shift: Grid = (0, 0, 0)
 
     @property
     def name(self) -> str:
