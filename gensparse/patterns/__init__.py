@@ -7,7 +7,9 @@ from gensparse.patterns.cross import CrissCross, Stripes
 from gensparse.patterns.disc import Disc
 from gensparse.patterns.neighborhood import Neighborhood
 from gensparse.patterns.pooled import HiLo, Pooled, Proxy, Pyramid, VaryingWindow
-from gensparse.patterns.segments import Text
+from gensparse.patterns.references import Reference, References
+from gensparse.patterns.regions import Regions
+from gensparse.patterns.segments import Isolation, KeyMask, Policy, QueryMask, Text
 
 __all__ = [
     "FULL",
@@ -22,13 +24,20 @@ __all__ = [
     "Halo",
     "HiLo",
     "Intersection",
+    "Isolation",
+    "KeyMask",
     "LongDistance",
     "Neighborhood",
     "Pattern",
     "PerHead",
+    "Policy",
     "Pooled",
     "Proxy",
     "Pyramid",
+    "QueryMask",
+    "Reference",
+    "References",
+    "Regions",
     "Rule",
     "Source",
     "Stripes",

@@ -18,6 +18,8 @@ from gensparse.layout import Boxes, Coords, Grid, Ints, Layout, Segment, segment
 
 NONE, PARTIAL, FULL = np.int8(0), np.int8(1), np.int8(2)
 
+RUNS = "runs"  # see Rule.tiles
+
 DENSE_MASK_LIMIT = 1 << 28  # entries; one byte each
 _CHUNK = 1 << 22  # entries evaluated at once while a dense mask is filled
 
@@ -149,9 +151,25 @@ class Rule(ABC):
         """
         return None
 
+    def with_sources(self, sources: Sequence[Source]) -> "Rule":
+        """The rule over `sources`, its own among them. Nobody sees the keys of the others, unless the rule only hides
+        (masks, isolation) and treats them like any key it says nothing about."""
+        return self if self.sources == tuple(sources) else Rehomed(self, sources)
+
     def tile_step(self, segment: int) -> Grid:
         """Step per axis between the tokens of a good tile (dilated and grid patterns); (1, 1, 1) otherwise."""
         return (1, 1, 1)
+
+    def tiles(self, segment: int, size: int) -> Grid | str | None:
+        """Shape of a good tile of `size` tokens of the target, where the rule has tiles of its own.
+
+        RUNS: runs of tokens in raster order, for which a plan takes the rule's linear form. None: a plan searches.
+        """
+        return None
+
+    def linear(self) -> "Rule | None":
+        """The rule on the layout with every segment as one run (`patterns.linear.flat`), if it has a direct form."""
+        return None
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         """Class of every token when the rule is an equivalence relation inside own segment `segment`, else None."""
@@ -187,9 +205,16 @@ class Rehomed(Rule):
         columns = self.rule.signature(q, k._replace(segment=local), group)
         return columns if columns is None or self.sources == self.rule.sources else [*columns, np.minimum(local, 0)]
 
+    def with_sources(self, sources: Sequence[Source]) -> Rule:
+        return self.rule.with_sources(sources)
+
     def tile_step(self, segment: int) -> Grid:
         local = int(self._local[segment])
         return self.rule.tile_step(local) if local >= 0 else (1, 1, 1)
+
+    def tiles(self, segment: int, size: int) -> Grid | str | None:
+        local = int(self._local[segment])
+        return self.rule.tiles(local, size) if local >= 0 else None
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         return self.rule.partition(segment, group)
@@ -202,11 +227,19 @@ class _Combined(Rule):
         sources = tuple(dict.fromkeys(source for rule in rules for source in rule.sources))
         _require_distinct_names(sources)
         super().__init__(rules[0].layout, sources)
-        self.rules = tuple(rule if rule.sources == sources else Rehomed(rule, sources) for rule in rules)
+        self.rules = tuple(rule.with_sources(sources) for rule in rules)
+
+    def with_sources(self, sources: Sequence[Source]) -> Rule:
+        return self if self.sources == tuple(sources) else type(self)([r.with_sources(sources) for r in self.rules])
 
     def tile_step(self, segment: int) -> Grid:
         steps = {rule.tile_step(segment) for rule in self.rules} - {(1, 1, 1)}
         return steps.pop() if len(steps) == 1 else (1, 1, 1)
+
+    def tiles(self, segment: int, size: int) -> Grid | str | None:
+        """What the parts agree on; runs win, since boxes are ragged on a mask of runs."""
+        found = {rule.tiles(segment, size) for rule in self.rules} - {None}
+        return RUNS if RUNS in found else found.pop() if len(found) == 1 else None
 
 
 class _MenuRule(_Combined):
@@ -356,6 +389,11 @@ class PerHead(Pattern):
         return PerHead(tuple(part.clamped(grid) for part in self.parts))
 
 
+def combined_of(rule: Rule) -> tuple[Rule, ...] | None:
+    """The parts of a union, an intersection or a menu, None for any other rule."""
+    return rule.rules if isinstance(rule, _Combined) else None
+
+
 def whole_segment(layout: Layout, segment: int) -> Boxes:
     """The box of all tokens of an own segment."""
     return Boxes(np.int64(segment), np.zeros(3, np.int64), np.array(layout.segments[segment].shape, np.int64))
@@ -383,4 +421,4 @@ def _require_distinct_names(sources: Sequence[Source]) -> None:
     names = [source.name for source in sources]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ConfigError(f"Key sources share the name {', '.join(sorted(twice))}; give each Pooled its own name.")
+        raise ConfigError(f"Key sources share the name {', '.join(sorted(twice))}; give each its own name.")
