@@ -4,16 +4,19 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gensparse.errors import BackendError, ConfigError, LayoutMismatchError
-from gensparse.kernels import halo, partition, plan_loop, reference
+from gensparse.kernels import halo, ops, partition, plan_loop, reference
+from gensparse.kernels import triton as triton_kernels
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.need import Need
 from gensparse.kernels.pool import cell_counts, pool_keys
+from gensparse.kernels.triton.tune import arch_of
 from gensparse.layout import Layout
 from gensparse.patterns.base import Source
 from gensparse.plan import Plan
@@ -84,8 +87,8 @@ def sparse_attention(
     elif sources:
         raise ConfigError(f"sources={sorted(sources)} are given but the plan has none; leave sources out.")
     need = _need(q, k, v, plan, key_bias, return_lse)
-    chosen = BACKENDS[_choose(plan, need)] if backend is None else _explicit(backend, need)
-    out, lse = chosen.run(Call(q, k, v, plan, groups, key_bias, scale, return_lse))
+    call = Call(q, k, v, plan, groups, key_bias, scale, return_lse)
+    out, lse = _run_first(call, need) if backend is None else _explicit(backend, need).run(call)
     return (out, lse) if return_lse else out
 
 
@@ -134,10 +137,22 @@ def choose(plan: Plan, q: Tensor) -> str:
     return _choose(plan, _need(q, q, q, plan, None, False))
 
 
-def _choose(plan: Plan, need: Need) -> str:
+def _run_first(call: Call, need: Need) -> Result:
+    """The first backend without an objection; where its kernels turn out not to run, the next one."""
+    failed: dict[str, str] = {}
+    while True:
+        name = _choose(call.plan, need, failed)
+        try:
+            return BACKENDS[name].run(call)
+        except BackendError as error:
+            failed[name] = str(error)
+            _announce_failure(str(error))
+
+
+def _choose(plan: Plan, need: Need, failed: Mapping[str, str] = MappingProxyType({})) -> str:
     refusals: list[str] = []
     for name, backend in BACKENDS.items():
-        reason = backend.why_not(need)
+        reason = failed.get(name) or backend.why_not(need)
         if reason is None:
             _announce(name, plan.pattern.key(), tuple(refusals))
             return name
@@ -160,6 +175,12 @@ def _announce(name: str, pattern: str, refusals: tuple[str, ...]) -> None:
     logger.info("%s runs on %s. %s", pattern, name, " ".join(refusals))
 
 
+@lru_cache(maxsize=256)
+def _announce_failure(reason: str) -> None:
+    """Warn once of every reason."""
+    logger.warning("%s Another backend with the same mask runs instead.", reason)
+
+
 def _need(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_bias: Tensor | None, lse: bool) -> Need:
     tensors = [x for x in (q, k, v, key_bias) if x is not None]
     return Need(
@@ -174,6 +195,7 @@ def _need(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_bias: Tensor | None, 
         lse=lse,
         grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
         refused=plan.refused,
+        arch=arch_of(q.device),
     )
 
 
@@ -285,6 +307,15 @@ def _run_halo(call: Call) -> Result:
     return _run_works(halo.attend, call.plan.halo(), call)
 
 
+def _run_triton(call: Call) -> Result:
+    plan = call.plan
+    tensors = [x for x in (call.q, call.k, call.v, call.key_bias) if x is not None]
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    schedule = ops.Schedule(plan.pieces, *((plan.turned, plan.turned_pieces) if grad else ()))
+    options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
+    return ops.attend(call.q, call.k, call.v, plan.lists, schedule, engine="triton", **options)
+
+
 def _run_plan_loop(call: Call) -> Result:
     options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
     return plan_loop.attend(call.q, call.k, call.v, call.plan.lists, **options)
@@ -297,6 +328,7 @@ def _run_reference(call: Call) -> Result:
 
 BACKENDS: dict[str, Backend] = {
     "partition": Backend(partition.why_not, _run_partition),
+    "triton": Backend(triton_kernels.why_not, _run_triton),
     "halo": Backend(halo.why_not, _run_halo),
     "plan_loop": Backend(plan_loop.why_not, _run_plan_loop),
     "reference": Backend(reference.why_not, _run_reference),

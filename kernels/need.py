@@ -11,6 +11,7 @@ class Need:
 
     Args:
         dtype, device: of q ("cpu", "cuda", ...).
+        arch: of the GPU ("sm_90", "gfx942", ...); "" where there is none.
         head_dim: D.
         queries, keys: tokens on each side, pooled and other extra keys included.
         density: allowed pairs / (queries * keys).
@@ -32,3 +33,4 @@ class Need:
     lse: bool = False
     grad: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    arch: str = ""

@@ -151,3 +151,85 @@ def _pairs_per_step(heads: Heads, lists: TileLists) -> int:
     queries, keys = lists.q_rows.shape[1], lists.k_rows.shape[1]
     each = heads.q.element_size() * (3 * queries * keys + 2 * keys * heads.q.shape[2])
     return max(1, STEP_BYTES // (len(heads.q) * each))
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: TileLists,
+    *,
+    groups: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `attend`, by the formula that the GPU kernels use; no graph is recorded.
+
+    Args:
+        d_out, d_lse: gradients [B, Nq, H, D] and [B, Nq, H] of the results.
+        out, lse: the results. Rows that are not finite, or see no key, pass no gradient on.
+
+    Returns:
+        Gradients of q, k, v in their dtypes, and of key_bias, or None without one.
+    """
+    batch, _, count, dim = q.shape
+    factor = dim**-0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dead = ~(torch.isfinite(lse) & torch.isfinite(out).all(-1))
+    alive = [x.to(wide).masked_fill(dead[..., None], 0.0) for x in (q, d_out, out)]
+    delta = (alive[1] * alive[2]).sum(-1) - d_lse.to(wide).masked_fill(dead, 0.0)
+    finite = (torch.isfinite(k) & torch.isfinite(v)).all(-1, keepdim=True)  # rows alive see no other key
+    clean = (x.to(wide).masked_fill(~finite, 0.0) for x in (k, v))
+    heads = heads_first(alive[0], *clean, key_bias)
+    given = heads_first(alive[1], delta[..., None], lse.to(wide).masked_fill(dead, float("inf"))[..., None])
+    grads = Grads(*(torch.zeros_like(x) for x in heads[:3]), heads.q.new_zeros(len(heads.k), heads.k.shape[1]))
+    for group, own in enumerate(group_rows(groups, len(lists.row_ptr), batch, count)):
+        index = torch.arange(len(heads.q), device=q.device) if own is None else own
+        part = Grads(*(x[index] for x in grads))
+        _backward_group(part, heads.take(own), given.take(own), lists, group, factor)
+        for x, new in zip(grads, part, strict=True):
+            x[index] = new
+    dq, dk, dv, d_bias = (heads_last(x, batch) for x in grads)
+    repeat = count // k.shape[2]
+    dk, dv = (x.unflatten(2, (-1, repeat)).sum(3) for x in (dk, dv))
+    bias = None if key_bias is None else d_bias.transpose(1, 2).sum_to_size(key_bias.shape).to(key_bias.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), bias
+
+
+class Grads(NamedTuple):
+    """Sums of gradients, heads first: q [B*H, Nq, D], k and v [B*H, Nk, D], bias [B*H, Nk]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+
+
+def _backward_group(grads: Grads, heads: Heads, given: Heads, lists: TileLists, group: int, scale: float) -> None:
+    """Add what one pattern of the menu gives; `given` holds d_out, delta and lse in the places of q, k and v."""
+    if not len(heads.q):
+        return
+    for tiles, pieces in _steps(lists, group, _pairs_per_step(heads, lists)):
+        slots = lists.q_rows[tiles]
+        index = slots.clamp_min(0).long()
+        q, d_out, delta, lse = (
+            x.index_select(1, index.reshape(-1)).unflatten(1, index.shape) for x in (heads.q, *given[:3])
+        )
+        lse = lse.masked_fill((slots < 0)[..., None], float("inf"))  # empty slots weigh nothing
+        for entries in pieces:
+            keys = lists.k_rows[lists.key_tile[entries].long()].flatten(1).clamp_min(0).long()
+            k, v = (x.index_select(1, keys.reshape(-1)).unflatten(1, keys.shape) for x in (heads.k, heads.v))
+            scores = scale * (q @ k.transpose(-1, -2))
+            if heads.bias is not None:
+                scores = scores + heads.bias.index_select(1, keys.reshape(-1)).unflatten(1, keys.shape)[:, :, None]
+            bias = _additive(lists, entries, q.dtype)
+            weights = torch.exp((scores if bias is None else scores + bias) - lse)
+            d_scores = weights * (d_out @ v.transpose(-1, -2) - delta)
+            grads.q.index_add_(1, index.reshape(-1), (scale * (d_scores @ k)).flatten(1, 2))
+            grads.k.index_add_(1, keys.reshape(-1), (scale * (d_scores.transpose(-1, -2) @ q)).flatten(1, 2))
+            grads.v.index_add_(1, keys.reshape(-1), (weights.transpose(-1, -2) @ d_out).flatten(1, 2))
+            grads.bias.index_add_(1, keys.reshape(-1), d_scores.sum(2).flatten(1))

@@ -45,6 +45,12 @@ FORBIDDEN_AT_IMPORT = {
     "cli": {"torch", "diffusers", "numpy", "transformers"},
 }
 
+# Modules that exist to hold Triton kernels; whoever needs them imports them where they run.
+TRITON_MODULES = {
+    ROOT / "kernels" / "triton" / f"{name}.py"
+    for name in ("loaders", "inputs", "launch", "forward", "backward", "merge")
+}
+
 
 def source_files() -> list[tuple[str, Path]]:
     """Every source file with the layer it belongs to."""
@@ -127,6 +133,8 @@ def test_imports_point_downward(layer: str, path: Path) -> None:
 @pytest.mark.parametrize(("layer", "path"), source_files(), ids=lambda v: v.stem if isinstance(v, Path) else v)
 def test_no_heavy_import_at_import_time(layer: str, path: Path) -> None:
     heavy = FORBIDDEN_AT_IMPORT.get(layer, set()) & runtime_imports(ast.parse(path.read_text()))
+    if path in TRITON_MODULES:
+        heavy.discard("triton")
     assert not heavy, f"{path} imports {sorted(heavy)} at import time"
 
 

@@ -77,7 +77,7 @@ def test_patterns_need_no_torch(tmp_path: Path) -> None:
 
 def test_engine_needs_no_diffusers(tmp_path: Path) -> None:
     loaded = loaded_after("import gensparse.attention, gensparse.plan", tmp_path)
-    assert not {"diffusers", "transformers"} & loaded
+    assert not {"diffusers", "transformers", "triton"} & loaded
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:

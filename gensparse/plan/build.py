@@ -16,11 +16,14 @@ import torch
 
 from gensparse.errors import ConfigError
 from gensparse.kernels.blocks import Work
+from gensparse.kernels.ops import Pieces, Turned
 from gensparse.kernels.plan_loop import TileLists
 from gensparse.layout import Grid, Ints, Layout
-from gensparse.patterns.base import Data, Pattern, Rule, Source
+from gensparse.patterns.base import RUNS, Data, Pattern, Rule, Source
+from gensparse.patterns.linear import linear
 from gensparse.plan.lists import GroupLists, TilePairs, list_tiles
 from gensparse.plan.lowering import NotLoweredError, lower_halo, lower_partition
+from gensparse.plan.schedule import cut_pieces, turn
 from gensparse.plan.search import tile_shapes
 from gensparse.plan.tiles import cut_segments
 
@@ -42,6 +45,7 @@ class Plan:
         useful: allowed token pairs of every group.
         rule: the pattern bound to the layout.
         data: the arrays the pattern names.
+        origin: the plan on the CPU that this one is a copy of, None there.
     """
 
     pattern: Pattern
@@ -53,6 +57,7 @@ class Plan:
     useful: tuple[int, ...]
     rule: Rule = field(repr=False)
     data: Data = field(default_factory=dict, repr=False)
+    origin: "Plan | None" = field(default=None, repr=False)
 
     @property
     def groups(self) -> int:
@@ -75,8 +80,6 @@ class Plan:
         return sum(segment.length for segment in self.rule.key_segments)
 
     @cached_property
-    def density(self) -> float:
-    @cached_property
     def places(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(places, order), int64 [tokens] each, of an interleaved layout (see `Layout.ulysses`), None for a plain one.
 
@@ -87,8 +90,29 @@ class Plan:
             return None
         return torch.from_numpy(places).to(self.device), torch.from_numpy(order).to(self.device)
 
+    @cached_property
+    def density(self) -> float:
         """Allowed pairs / (queries * keys), mean over the groups."""
         return sum(self.useful) / (len(self.useful) * self.tokens * self.keys)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """How GPU kernels divide the tile lists, on the device of the plan."""
+        if self.origin is not None:
+            return self.origin.pieces.to(self.device)
+        return cut_pieces(self.lists.row_ptr, self.lists.mask_id)
+
+    @cached_property
+    def turned(self) -> Turned:
+        """The tile lists seen from the key tiles, for gradients of keys."""
+        return turn(self.lists) if self.origin is None else self.origin.turned.to(self.device)
+
+    @cached_property
+    def turned_pieces(self) -> Pieces:
+        """How GPU kernels divide the turned lists."""
+        if self.origin is not None:
+            return self.origin.turned_pieces.to(self.device)
+        return cut_pieces(self.turned.col_ptr, self.turned.mask_id)
 
     @property
     def device(self) -> torch.device:
@@ -221,15 +245,16 @@ def _cached(request: _Request) -> Plan:
         return _cached(replace(request, device="cpu")).to(request.device)
     q_size, k_size = _tile_size("q_tile", request.q_tile, Q_TILE), _tile_size("k_tile", request.k_tile, K_TILE)
     rule = request.pattern.bind(request.layout, request.data)
-    step = rule.tile_step(rule.layout.target)
-    q_shape, k_shape = _shapes(rule, request, q_size, k_size, step)
+    listed = _natural(rule, request)
+    step = listed.tile_step(listed.layout.target)
+    q_shape, k_shape = _shapes(listed, request, q_size, k_size, step)
     pairs = TilePairs(
-        cut_segments(rule.layout.segments, q_shape, q_size, step, rule.layout.target),
-        cut_segments(rule.key_segments, k_shape, k_size, step, rule.layout.target),
+        cut_segments(listed.layout.segments, q_shape, q_size, step, listed.layout.target),
+        cut_segments(listed.key_segments, k_shape, k_size, step, listed.layout.target),
         q_size,
         k_size,
     )
-    groups = [list_tiles(rule, group, pairs) for group in range(rule.groups)]
+    groups = [list_tiles(listed, group, pairs) for group in range(listed.groups)]
     lists = _tensors(pairs, groups, rule.layout.places())
     longest = np.max([group.counts for group in groups], axis=0)
     order = torch.from_numpy(np.argsort(-longest, kind="stable").astype(np.int32))
@@ -240,7 +265,13 @@ def _cached(request: _Request) -> Plan:
 @lru_cache(maxsize=CACHED_PLANS)
 def _moved(plan: Plan, device: torch.device) -> Plan:
     lists = TileLists(*(x.to(device) for x in plan.lists))
-    return replace(plan, lists=lists, order=plan.order.to(device))
+    return replace(plan, lists=lists, order=plan.order.to(device), origin=plan.origin or plan)
+
+
+def _natural(rule: Rule, request: _Request) -> Rule:
+    """The rule as its tiles are cut: in runs of raster tokens where it asks for them and the request names no boxes."""
+    boxes = isinstance(request.q_tile, tuple) or isinstance(request.k_tile, tuple)
+    return rule if boxes or rule.tiles(rule.layout.target, K_TILE) != RUNS else linear(rule)
 
 
 def _shapes(rule: Rule, request: _Request, q_size: int, k_size: int, step: Grid) -> tuple[Grid, Grid]:
@@ -278,6 +309,14 @@ def _tensors(pairs: TilePairs, groups: Sequence[GroupLists], places: Ints | None
     return TileLists(*(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in columns))
 
 
+def _placed(rows: Ints, places: Ints | None) -> Ints:
+    """Rows of own tokens as places of the sequence; empty slots (-1) and the keys of sources stay."""
+    if places is None:
+        return rows
+    own = (rows >= 0) & (rows < len(places))
+    return np.where(own, places[np.where(own, rows, 0)], rows)
+
+
 def _atlas(groups: Sequence[GroupLists]) -> tuple[np.ndarray, np.ndarray]:
     """Masks of all groups, deduplicated, and the mask ids of all lists."""
     if len(groups) == 1:
@@ -290,11 +329,3 @@ def _atlas(groups: Sequence[GroupLists]) -> tuple[np.ndarray, np.ndarray]:
         return masks, ids
     _, first, index = np.unique(rows.view(f"V{rows.shape[1]}").reshape(-1), return_index=True, return_inverse=True)
     return masks[first], np.where(ids < 0, -1, index.reshape(-1)[np.maximum(ids, 0)])
-def _placed(rows: Ints, places: Ints | None) -> Ints:
-    """Rows of own tokens as places of the sequence; empty slots (-1) and the keys of sources stay."""
-    if places is None:
-        return rows
-    own = (rows >= 0) & (rows < len(places))
-    return np.where(own, places[np.where(own, rows, 0)], rows)
-
-

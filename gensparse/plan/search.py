@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from gensparse.layout import Boxes, Grid
-from gensparse.patterns.base import Rule
+from gensparse.patterns.base import RUNS, Rule
 from gensparse.plan.tiles import SegmentTiles
 
 SAMPLE = 512  # query tiles a shape is judged by
@@ -29,14 +29,21 @@ def fitting(shapes: tuple[Grid, ...], grid: Grid) -> Iterator[Grid]:
 
 
 def tile_shapes(rule: Rule, q_size: int, k_size: int, step: Grid) -> tuple[Grid, Grid]:
-    """Query and key tile shapes for the target that visit the fewest slots; a query tile holds whole key tiles."""
+    """Query and key tile shapes for the target that visit the fewest slots; the larger holds whole smaller ones."""
+    natural = [rule.tiles(rule.layout.target, size) for size in (q_size, k_size)]
+    if RUNS in natural and rule.layout.grid[:2] == (1, 1):
+        return (1, 1, q_size), (1, 1, k_size)
+    if isinstance(natural[0], tuple) and isinstance(natural[1], tuple):
+        return natural[0], natural[1]
     grid = rule.layout.grid
+    small, large = sorted((q_size, k_size))
     best = None
-    for shape in fitting(shapes_of(k_size), grid):
-        for queries in _grown(shape, q_size // k_size):
-            cost = _visited(rule, queries, shape, step)
+    for shape in fitting(shapes_of(small), grid):
+        for grown in _grown(shape, large // small):
+            queries, keys = (grown, shape) if q_size == large else (shape, grown)
+            cost = _visited(rule, queries, keys, step)
             if best is None or cost < best[0]:
-                best = (cost, queries, shape)
+                best = (cost, queries, keys)
     assert best is not None
     return best[1], best[2]
 

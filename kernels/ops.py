@@ -1,0 +1,215 @@
+"""Attention by tile lists as torch custom ops: opaque to torch.compile, with shapes, gradients and no host sync.
+
+`attend` runs one of two engines on the same plan tensors: "triton", the GPU kernels (CPU tensors in Triton's
+interpreter), or "plan_loop", which runs on every device. Other backends are plain torch code and need no op.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import plan_loop
+from .plan_loop import TileLists
+
+ENGINES = ("triton", "plan_loop")
+
+
+class Pieces(NamedTuple):
+    """How the lists of a plan are divided among programs.
+
+    Args:
+        pieces: int32 [G, n, 5]: tile, first entry, first partial entry, end, slot of the partial result (-1: the piece
+            is the whole list). Longest first; filled up with tile -1.
+        joins: int32 [G, m, 3]: tile, first slot and end of its slots, for every list that was split; filled up with -1.
+        slots: slots of the group that has most.
+    """
+
+    pieces: Tensor
+    joins: Tensor
+    slots: int
+
+    def to(self, device: torch.device) -> "Pieces":
+        return Pieces(self.pieces.to(device), self.joins.to(device), self.slots)
+
+
+class Turned(NamedTuple):
+    """The lists of a plan seen from the key tiles; all int32.
+
+    Args:
+        col_ptr: [G, n_kt + 1] first entry of every key tile in the lists below.
+        query_tile: [nnz] query tiles that visit it, per key tile those that see all of it first.
+        mask_id: [nnz] row of the atlas, or -1.
+    """
+
+    col_ptr: Tensor
+    query_tile: Tensor
+    mask_id: Tensor
+
+    def to(self, device: torch.device) -> "Turned":
+        return Turned(*(x.to(device) for x in self))
+
+
+class Schedule(NamedTuple):
+    """What the GPU kernels need beside the tile lists; `turned` and its pieces only for gradients."""
+
+    pieces: Pieces
+    turned: Turned | None = None
+    turned_pieces: Pieces | None = None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: TileLists,
+    schedule: Schedule | None = None,
+    *,
+    groups: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    engine: str = "plan_loop",
+) -> tuple[Tensor, Tensor]:
+    """Attention by tile lists as one op.
+
+    Args:
+        q, k, v: [B, S, H, D], any strides; k and v may have fewer heads (a divisor of H) and extra keys at the end.
+        lists: the plan's tensors, on the device of q.
+        schedule: needed by engine "triton", with the turned lists where a gradient is wanted.
+        groups: integer [B|1, H|1] picking one of the G lists for every head; not needed when G = 1.
+        key_bias: [B|1, H|1, Nk] added to the logits (natural units), -inf hides a key and gets no gradient.
+        scale: factor of the logits, 1/sqrt(D) by default.
+        engine: one of `ENGINES`.
+
+    Returns:
+        out [B, Nq, H, D] in q.dtype and lse [B, Nq, H] in at least fp32, both contiguous and differentiable once. Rows
+        without a key give 0 and -inf.
+
+    Raises:
+        BackendError: the kernels cannot be compiled or do not fit.
+    """
+    pieces, turned, slots = _flat(schedule)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _attend(q, k, v, key_bias, groups, list(lists), pieces, turned, slots, factor, engine)
+
+
+@torch.library.custom_op("gensparse::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    groups: Tensor | None,
+    lists: Sequence[Tensor],
+    pieces: Sequence[Tensor],
+    turned: Sequence[Tensor],
+    slots: Sequence[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    options = {"groups": groups, "key_bias": key_bias, "scale": scale}
+    if engine == "plan_loop":
+        out, lse = plan_loop.attend(q, k, v, TileLists(*lists), **options)
+        return out.contiguous(), lse.contiguous()
+    from .triton.forward import forward
+
+    return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots[0]), **options)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    groups: Tensor | None,
+    lists: Sequence[Tensor],
+    pieces: Sequence[Tensor],
+    turned: Sequence[Tensor],
+    slots: Sequence[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("gensparse::attend_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    groups: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lists: Sequence[Tensor],
+    pieces: Sequence[Tensor],
+    turned: Sequence[Tensor],
+    slots: Sequence[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = {"groups": groups, "key_bias": key_bias, "scale": scale}
+    grads = plan_loop.backward(d_out, d_lse, q, k, v, out, lse, TileLists(*lists), **options)
+    dq, dk, dv, d_bias = grads
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0) if d_bias is None else d_bias.contiguous()
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    groups: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lists: Sequence[Tensor],
+    pieces: Sequence[Tensor],
+    turned: Sequence[Tensor],
+    slots: Sequence[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias = q.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, key_bias, groups, lists, pieces, turned, slots, scale, engine = inputs
+    ctx.save_for_backward(q, k, v, key_bias, groups, *output, *lists, *pieces, *turned)
+    ctx.counts = (len(lists), len(pieces), len(turned))
+    ctx.slots, ctx.scale, ctx.engine = slots, scale, engine
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
+    q, k, v, key_bias, groups, out, lse, *rest = ctx.saved_tensors
+    ends = list(accumulate(ctx.counts, initial=0))
+    lists, pieces, turned = (rest[first:end] for first, end in pairwise(ends))
+    dq, dk, dv, d_bias = _backward(
+        d_out, d_lse, q, k, v, key_bias, groups, out, lse, lists, pieces, turned, ctx.slots, ctx.scale, ctx.engine
+    )
+    empty = ([None] * n for n in (*ctx.counts, len(ctx.slots)))
+    return dq, dk, dv, None if key_bias is None else d_bias, None, *empty, None, None
+
+
+_attend.register_autograd(_gradients, setup_context=_save)
+
+
+def _flat(schedule: Schedule | None) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The tensors and numbers of a schedule: pieces, turned lists, slots."""
+    if schedule is None:
+        return [], [], []
+    pieces = list(schedule.pieces[:2])
+    if schedule.turned is None or schedule.turned_pieces is None:
+        return pieces, [], [schedule.pieces.slots]
+    turned = [*schedule.turned, *schedule.turned_pieces[:2]]
+    return pieces, turned, [schedule.pieces.slots, schedule.turned_pieces.slots]
