@@ -1,12 +1,14 @@
 """Attention patterns: pure geometry, as frozen values that combine with | and &."""
 
+from gensparse.patterns.anchors import Anchors
 from gensparse.patterns.base import FULL, NONE, PARTIAL, Intersection, Pattern, PerHead, Rule, Source, Union
-from gensparse.patterns.blocks import MSW, Blocks, Grid, Halo, LongDistance
-from gensparse.patterns.box import Box
-from gensparse.patterns.cross import CrissCross, Stripes
+from gensparse.patterns.blocks import MSW, Blocks, Grid, Halo, LongDistance, double_windows
+from gensparse.patterns.box import Box, InwardWindow, SlidingTiles
+from gensparse.patterns.cross import CrissCross, Planes, Stripes
 from gensparse.patterns.disc import Disc
 from gensparse.patterns.neighborhood import Neighborhood
 from gensparse.patterns.pooled import HiLo, Pooled, Proxy, Pyramid, VaryingWindow
+from gensparse.patterns.radial import Radial
 from gensparse.patterns.references import Reference, References
 from gensparse.patterns.regions import Regions
 from gensparse.patterns.segments import Isolation, KeyMask, Policy, QueryMask, Text
@@ -16,6 +18,7 @@ __all__ = [
     "MSW",
     "NONE",
     "PARTIAL",
+    "Anchors",
     "Blocks",
     "Box",
     "CrissCross",
@@ -24,24 +27,29 @@ __all__ = [
     "Halo",
     "HiLo",
     "Intersection",
+    "InwardWindow",
     "Isolation",
     "KeyMask",
     "LongDistance",
     "Neighborhood",
     "Pattern",
     "PerHead",
+    "Planes",
     "Policy",
     "Pooled",
     "Proxy",
     "Pyramid",
     "QueryMask",
+    "Radial",
     "Reference",
     "References",
     "Regions",
     "Rule",
+    "SlidingTiles",
     "Source",
     "Stripes",
     "Text",
     "Union",
     "VaryingWindow",
+    "double_windows",
 ]

@@ -60,7 +60,7 @@ class Axis:
         if self.ordered:
             return self.lo[start], self.hi[stop - 1]
         nearest, farthest = self._reach
-        return _range_reduce(np.minimum, nearest, start, stop), _range_reduce(np.maximum, farthest, start, stop) + 1
+        return range_reduce(np.minimum, nearest, start, stop), range_reduce(np.maximum, farthest, start, stop) + 1
 
     def classes(self) -> Ints | None:
         """Class of every token if the rule is an equivalence relation, else None."""
@@ -73,8 +73,8 @@ class Axis:
     def _reach(self) -> Span:
         """First and last coordinate among the keys of every token."""
         coordinate = np.argsort(self.rank)
-        nearest = _range_reduce(np.minimum, coordinate, self.lo, self.hi)
-        farthest = _range_reduce(np.maximum, coordinate, self.lo, self.hi)
+        nearest = range_reduce(np.minimum, coordinate, self.lo, self.hi)
+        farthest = range_reduce(np.maximum, coordinate, self.lo, self.hi)
         return nearest[self.rank], farthest[self.rank]
 
     def _runs(self, start: Ints, stop: Ints, step: Ints) -> tuple[Ints, Ints]:
@@ -101,6 +101,51 @@ class Axis:
         some = used & (last >= q_lo) & (self.hi[last] > k_lo)
         every = ~used | ((self.lo[q_hi - 1] <= k_lo) & (self.hi[np.minimum(q_lo, self.length - 1)] >= k_hi))
         return some, every
+
+
+class RingAxis(Axis):
+    """Keys at most `radius` tokens away on a closed axis, whose last token is next to its first.
+
+    The keys of a token are no interval of any ranking, so this axis answers by distances instead.
+    """
+
+    def __init__(self, length: int, radius: int) -> None:
+        super().__init__(np.zeros(length, np.int64), np.full(length, length))
+        self.radius = radius
+
+    @property
+    def whole(self) -> bool:
+        return 2 * self.radius + 1 >= self.length
+
+    def pairs(self, q: Ints, k: Ints) -> Bools:
+        return (k - q + self.radius) % self.length <= 2 * self.radius
+
+    def meets(self, q: tuple[Ints, Ints, Ints], k: tuple[Ints, Ints, Ints]) -> tuple[Bools, Bools]:
+        if np.all(q[2] == 1) and np.all(k[2] == 1):  # distances are all integers from low to high
+            low, high = k[0] - (q[1] - 1), k[1] - 1 - q[0]
+            turns = [turn * self.length for turn in (-1, 0, 1)]
+            some = [(low <= turn + self.radius) & (high >= turn - self.radius) for turn in turns]
+            every = [(low >= turn - self.radius) & (high <= turn + self.radius) for turn in turns]
+            return np.logical_or.reduce(some), np.logical_or.reduce(every)
+        q_codes, k_codes = (combine(list(np.stack(np.broadcast_arrays(*side), -1).reshape(-1, 3).T)) for side in (q, k))
+        shape = [np.broadcast_shapes(*map(np.shape, side)) for side in (q, k)]
+        q_first, q_index = np.unique(q_codes, return_index=True, return_inverse=True)[1:]
+        k_first, k_index = np.unique(k_codes, return_index=True, return_inverse=True)[1:]
+        ranges = [
+            [np.arange(*(np.broadcast_to(edge, form).reshape(-1)[i] for edge in side)) for i in first]
+            for side, form, first in ((q, shape[0], q_first), (k, shape[1], k_first))
+        ]
+        table = np.array([[_meet(self.pairs(a[:, None], b)) for b in ranges[1]] for a in ranges[0]])
+        found = table[q_index.reshape(shape[0]), k_index.reshape(shape[1])]
+        return found[..., 0], found[..., 1]
+
+    def span(self, start: Ints, stop: Ints) -> Span:
+        lo, hi = start - self.radius, stop + self.radius
+        around = (lo < 0) | (hi > self.length) | self.whole
+        return np.where(around, 0, lo), np.where(around, self.length, hi)
+
+    def classes(self) -> Ints | None:
+        return np.zeros(self.length, np.int64) if self.whole else None
 
 
 class SeparableRule(TargetRule):
@@ -184,6 +229,24 @@ def band(length: int, radius: int) -> Axis:
     return Axis(np.maximum(token - reach, 0), np.minimum(token + reach + 1, length))
 
 
+def ring(length: int, radius: int) -> Axis:
+    """Keys at most `radius` tokens away, counted around the end of the axis."""
+    return RingAxis(length, min(radius, length))
+
+
+def inward(length: int, radius: int) -> Axis:
+    """A window of 2 * radius + 1 tokens around the query that moves inwards at the borders and keeps its size."""
+    return neighborhood(length, min(2 * min(radius, length) + 1, length), 1, 1, False)
+
+
+def sliding_tiles(length: int, tile: int, window: int) -> Axis:
+    """`window` tiles around the query's tile, moved inwards at the borders; the last tile may be ragged."""
+    count = -(-length // tile)
+    window = min(window, count)
+    start = np.clip(np.arange(length) // tile - window // 2, 0, count - window)
+    return Axis(start * tile, np.minimum((start + window) * tile, length))
+
+
 def halo(length: int, block: int, margin: int) -> Axis:
     """The query's block and `margin` tokens on both sides, clipped at the borders."""
     start, reach = np.arange(length) // block * block, min(margin, length)
@@ -241,6 +304,10 @@ def _axis_masks(axis: Axis, q: Ints, k: Ints) -> Ints:
     return np.array(labels, np.int64)[index.reshape(-1)]
 
 
+def _meet(pairs: Bools) -> tuple[bool, bool]:
+    return bool(pairs.any()), bool(pairs.all())
+
+
 def _mask_bytes(axis: Axis, q: Ints, k: Ints) -> bytes:
     return np.packbits(axis.pairs(np.arange(*q)[:, None], np.arange(*k))).tobytes()
 
@@ -258,9 +325,9 @@ def _consecutive(ranks: Ints) -> Ints:
     return np.stack([ranks[starts], ranks[stops - 1] + 1], -1)
 
 
-def _range_reduce(reduce: np.ufunc, values: Ints, start: Ints, stop: Ints) -> Ints:
-    """reduce over values[start:stop] for every (non-empty) range."""
+def range_reduce(reduce: np.ufunc, values: Ints, start: Ints, stop: Ints) -> Ints:
+    """reduce over values[start:stop] (along the first axis) for every (non-empty) range."""
     start, stop = np.broadcast_arrays(start, stop)
     edges = np.stack([start, stop], -1).reshape(-1)
-    padded = np.append(values, values[-1])
-    return reduce.reduceat(padded, edges)[::2].reshape(start.shape)
+    padded = np.concatenate([values, values[-1:]])
+    return reduce.reduceat(padded, edges)[::2].reshape(start.shape + values.shape[1:])

@@ -1,4 +1,4 @@
-"""Block patterns: windows (plain, shifted, wrapped), halos, dilated grids, long distance and HiDiffusion's quarters.
+"""Block patterns: windows (plain, shifted, wrapped, both), halos, dilated grids, long distance, HiDiffusion's quarters.
 
 Every axis may have any length: blocks at the end (and before a shift) are ragged instead of padded.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gensparse.layout import Grid as Shape
 from gensparse.layout import Layout
 from gensparse.patterns.axes import SeparableRule, blocks, halo, own, residues
-from gensparse.patterns.base import NO_DATA, Data, Pattern, Rule
+from gensparse.patterns.base import NO_DATA, Data, Pattern, PerHead, Rule
 from gensparse.patterns.checks import (
     PerAxis,
     PerAxisOrWhole,
@@ -59,6 +59,26 @@ class Blocks(Pattern):
         shift = spread("Blocks shift", self.shift, grid, single=0)
         shift = tuple(0 if w == length else s for s, w, length in zip(shift, window, grid, strict=True))
         return Blocks(window, shift, self.wrap)
+
+
+def double_windows(window: int, grid: Shape) -> PerHead:
+    """Windows for one half of the heads and windows shifted by half of one for the other (StyleSwin, 2112.10762).
+
+    Args:
+        window: tokens per side; frames of a video stay apart.
+        grid: (F, H, W) of the target. Where the shorter side is not longer than the window, the window is that side and
+            nothing is shifted.
+
+    Returns:
+        A menu of two: entry 0 for the first half of the heads, entry 1 for the second.
+
+    Raises:
+        ConfigError: window is not a positive integer.
+    """
+    side = whole_number("double_windows window", window, unit="tokens")
+    shortest = min(grid[1:])
+    size, shift = (shortest, 0) if shortest <= side else (side, side // 2)
+    return PerHead((Blocks((1, size, size)), Blocks((1, size, size), shift=(0, shift, shift))))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Patterns along rows and columns: stripes and criss-cross."""
+"""Patterns along rows and columns: stripes, criss-cross and planes."""
 
 from dataclasses import dataclass
 
@@ -50,6 +50,24 @@ class CrissCross(Pattern):
     def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         lines = [axis for axis, length in enumerate(layout.grid) if length > 1] or [2]
         return UnionRule([SeparableRule(layout, _line(layout.grid, axis)) for axis in lines])
+
+
+@dataclass(frozen=True)
+class Planes(Pattern):
+    """The three planes through the query: its frame, its row in all frames, and its column in all frames.
+
+    One softmax over the union: HW + FW + FH - F - H - W + 1 keys. Where the grid has fewer than three axes of more than
+    one token it is CrissCross, whose lines are what is left of the planes.
+    """
+
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
+        if min(layout.grid) == 1:
+            return CrissCross().bind(layout, data)
+        return UnionRule([SeparableRule(layout, _plane(layout.grid, axis)) for axis in range(3)])
+
+
+def _plane(grid: Grid, across: int) -> list[Axis]:
+    return [own(length) if axis == across else whole(length) for axis, length in enumerate(grid)]
 
 
 def _line(grid: Grid, along: int) -> list[Axis]:
