@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from pattern_cases import COMPOSED, GEOMETRIC, GRIDS, layouts
+from plan_checks import lowered_mask
 
 from gensparse.errors import ConfigError, PlanTooLargeError
-from gensparse.kernels.blocks import Work
 from gensparse.layout import Layout
 from gensparse.patterns import MSW, Blocks, Box, CrissCross, Disc, Neighborhood, Pattern, PerHead, Pooled, Text
 from gensparse.patterns.base import NO_DATA, Rule
@@ -47,28 +47,6 @@ def listed_mask(plan: Plan) -> np.ndarray:
                 i, j = np.nonzero(block & (rows >= 0)[:, None] & (keys >= 0))
                 assert not mask[group, rows[i], keys[j]].any(), "a pair is listed twice"
                 mask[group, rows[i], keys[j]] = True
-    return mask
-
-
-def lowered_mask(works: tuple[Work, ...], plan: Plan) -> np.ndarray:
-    """The mask of a lowered form, bool [G, Nq, Nk]; every query appears at most once."""
-    mask = np.zeros((plan.groups, plan.tokens, plan.keys), bool)
-    for group, work in enumerate(works):
-        seen = np.zeros(plan.tokens, int)
-        for tiles in work.tiles:
-            bias, hides = tiles.bias()
-            q, k = (x.numpy() for x in tiles.rows(0, tiles.sizes[0]))
-            block = np.ones((q.shape[1], k.shape[1]), bool) if bias is None else (bias == 0).numpy()
-            assert hides == (not block.any(axis=1).all())
-            for queries, keys in zip(q, k, strict=True):
-                assert len(set(keys)) == len(keys)
-                mask[group][np.ix_(queries, keys)] = block
-                seen[queries] += 1
-        for rows in work.dense:
-            seen[slice(*rows.queries)] += 1
-            for run in rows.keys:
-                mask[group, slice(*rows.queries), slice(*run)] = True
-        assert seen.max() <= 1
     return mask
 
 
