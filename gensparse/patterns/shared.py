@@ -14,6 +14,7 @@ from gensparse.layout import Boxes, Coords, Ints, Layout, Segment
 from gensparse.patterns.base import FULL, NONE, PARTIAL, Bools, Columns, Relation, Rule, Source, Span
 from gensparse.patterns.box_words import BoxWords, Words
 from gensparse.patterns.codes import combine
+from gensparse.patterns.linear import flat
 
 _MOST_CLASSES = 1024  # classes of one segment that `partition` compares
 _WORD = 64
@@ -56,7 +57,7 @@ class SharedRule(Rule):
         self._bounds = [self._k.bounds(number) for number in range(len(keys))]
 
     def with_sources(self, sources: Sequence[Source]) -> Rule:
-        if not self._filters:
+        if not self._filters or self.sources == tuple(sources):
             return super().with_sources(sources)
         extra = np.ones(sum(source.segment.length for source in sources), bool)
         shares = [Share(queries, np.concatenate([keys[: self.layout.tokens], extra])) for queries, keys in self._shares]
@@ -96,6 +97,9 @@ class SharedRule(Rule):
             column[partial] = tokens.identify(_take(box, partial, len(relation)))
             columns.append(column)
         return columns
+
+    def linear(self) -> Rule:
+        return SharedRule(flat(self.layout), self._shares, self.sources, filters=self._filters)
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         q, k = self._q.of(segment), self._k.of(segment)
