@@ -4,15 +4,20 @@
 interpreter), or "plan_loop", which runs on every device. Other backends are plain torch code and need no op.
 """
 
+import logging
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gensparse.errors import BackendError
+
 from . import plan_loop
 from .plan_loop import TileLists
+
+logger = logging.getLogger("gensparse")
 
 ENGINES = ("triton", "plan_loop")
 
@@ -92,7 +97,7 @@ def attend(
     """
     pieces, turned, slots = _flat(schedule)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attend(q, k, v, key_bias, groups, list(lists), pieces, turned, slots, factor, engine)
+    return _attend(q, k, v, key_bias, groups, list(lists), pieces, turned, *slots, factor, engine)
 
 
 @torch.library.custom_op("gensparse::attend", mutates_args=())
@@ -105,7 +110,8 @@ def _attend(
     lists: Sequence[Tensor],
     pieces: Sequence[Tensor],
     turned: Sequence[Tensor],
-    slots: Sequence[int],
+    slots: int,
+    turned_slots: int,
     scale: float,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +121,7 @@ def _attend(
         return out.contiguous(), lse.contiguous()
     from .triton.forward import forward
 
-    return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots[0]), **options)
+    return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots), **options)
 
 
 @_attend.register_fake
@@ -128,7 +134,8 @@ def _(
     lists: Sequence[Tensor],
     pieces: Sequence[Tensor],
     turned: Sequence[Tensor],
-    slots: Sequence[int],
+    slots: int,
+    turned_slots: int,
     scale: float,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
@@ -150,14 +157,35 @@ def _backward(
     lists: Sequence[Tensor],
     pieces: Sequence[Tensor],
     turned: Sequence[Tensor],
-    slots: Sequence[int],
+    slots: int,
+    turned_slots: int,
     scale: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = {"groups": groups, "key_bias": key_bias, "scale": scale}
-    grads = plan_loop.backward(d_out, d_lse, q, k, v, out, lse, TileLists(*lists), **options)
-    dq, dk, dv, d_bias = grads
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0) if d_bias is None else d_bias.contiguous()
+    given = (d_out, d_lse, q, k, v, out, lse, TileLists(*lists))
+    if engine == "plan_loop":
+        grads = plan_loop.backward(*given, **options)
+    else:
+        grads = _triton_gradients(given, pieces, turned, (slots, turned_slots), **options)
+    dq, dk, dv = (x.contiguous() for x in grads[:3])
+    return dq, dk, dv, q.new_empty(0) if grads[3] is None else grads[3].contiguous()
+
+
+def _triton_gradients(
+    given: tuple, pieces: Sequence[Tensor], turned: Sequence[Tensor], slots: tuple[int, int], **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients by the kernels; where they turn out not to run, by the plan loop, which sees the same pairs."""
+    from .triton.backward import backward
+
+    if not turned:
+        raise BackendError("Can't run triton; gradients need the turned lists: pass Schedule(pieces, turned, ...).")
+    schedule = (Pieces(*pieces, slots[0]), Turned(*turned[:3]), Pieces(*turned[3:], slots[1]))
+    try:
+        return backward(*given, *schedule, **options)
+    except BackendError as error:
+        logger.warning("%s The plan loop computes these gradients.", error)
+    return plan_loop.backward(*given, **options)
 
 
 @_backward.register_fake
@@ -174,7 +202,8 @@ def _(
     lists: Sequence[Tensor],
     pieces: Sequence[Tensor],
     turned: Sequence[Tensor],
-    slots: Sequence[int],
+    slots: int,
+    turned_slots: int,
     scale: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,10 +212,10 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, key_bias, groups, lists, pieces, turned, slots, scale, engine = inputs
+    q, k, v, key_bias, groups, lists, pieces, turned, slots, turned_slots, scale, engine = inputs
     ctx.save_for_backward(q, k, v, key_bias, groups, *output, *lists, *pieces, *turned)
     ctx.counts = (len(lists), len(pieces), len(turned))
-    ctx.slots, ctx.scale, ctx.engine = slots, scale, engine
+    ctx.numbers = (slots, turned_slots, scale, engine)
     ctx.set_materialize_grads(True)
 
 
@@ -194,22 +223,21 @@ def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
     q, k, v, key_bias, groups, out, lse, *rest = ctx.saved_tensors
     ends = list(accumulate(ctx.counts, initial=0))
     lists, pieces, turned = (rest[first:end] for first, end in pairwise(ends))
-    dq, dk, dv, d_bias = _backward(
-        d_out, d_lse, q, k, v, key_bias, groups, out, lse, lists, pieces, turned, ctx.slots, ctx.scale, ctx.engine
-    )
-    empty = ([None] * n for n in (*ctx.counts, len(ctx.slots)))
-    return dq, dk, dv, None if key_bias is None else d_bias, None, *empty, None, None
+    given = (d_out, d_lse, q, k, v, key_bias, groups, out, lse)
+    dq, dk, dv, d_bias = _backward(*given, lists, pieces, turned, *ctx.numbers)
+    empty = ([None] * count for count in ctx.counts)
+    return dq, dk, dv, None if key_bias is None else d_bias, None, *empty, None, None, None, None
 
 
 _attend.register_autograd(_gradients, setup_context=_save)
 
 
-def _flat(schedule: Schedule | None) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """The tensors and numbers of a schedule: pieces, turned lists, slots."""
+def _flat(schedule: Schedule | None) -> tuple[list[Tensor], list[Tensor], tuple[int, int]]:
+    """The tensors and numbers of a schedule: pieces, turned lists, slots of both."""
     if schedule is None:
-        return [], [], []
+        return [], [], (0, 0)
     pieces = list(schedule.pieces[:2])
     if schedule.turned is None or schedule.turned_pieces is None:
-        return pieces, [], [schedule.pieces.slots]
+        return pieces, [], (schedule.pieces.slots, 0)
     turned = [*schedule.turned, *schedule.turned_pieces[:2]]
-    return pieces, turned, [schedule.pieces.slots, schedule.turned_pieces.slots]
+    return pieces, turned, (schedule.pieces.slots, schedule.turned_pieces.slots)

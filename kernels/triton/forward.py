@@ -279,9 +279,7 @@ def forward(
                 lists.q_rows, lists.k_rows, lists.key_tile, lists.mask_id, lists.atlas, pieces.pieces,
                 inputs.factor, inputs.heads, inputs.repeat, pieces.pieces.shape[1], pieces.slots,
                 *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *lse.stride(), *inputs.bias_strides,
-                *inputs.group_strides, **inputs.flags, NEGATE=inputs.negate, **inputs.shape,
-                BM=config.BM, BN=config.BN, STAGES=config.num_stages, num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                *inputs.group_strides, **inputs.flags, NEGATE=inputs.negate, **inputs.shape, **inputs.blocks(config),
             )  # fmt: skip
 
         launch(inputs.case("forward"), run)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops import Pieces
 from ..plan_loop import TileLists
 from .loaders import load_group
-from .tune import Case, arch_of, padded_dim
+from .tune import Case, Config, arch_of, padded_dim
 
 INTERPRETED = not isinstance(load_group, triton.runtime.JITFunction)
 LOG2E = 1.4426950408889634
@@ -102,6 +102,17 @@ class Inputs(NamedTuple):
             # the interpreter multiplies the bit patterns of bf16
             "UPCAST": INTERPRETED and self.dtype == torch.bfloat16,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        }
+
+    @staticmethod
+    def blocks(config: Config) -> dict[str, int]:
+        """Launch arguments of a config."""
+        return {
+            "BM": config.BM,
+            "BN": config.BN,
+            "STAGES": config.num_stages,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
         }
 
     def case(self, kernel: str) -> Case:
