@@ -17,6 +17,8 @@ _EXPORTS = {
     "length_bias": "gensparse.attention",
     "build_plan": "gensparse.plan",
     "Plan": "gensparse.plan",
+    "RouteContext": "gensparse.plan",
+    "RoutedPlan": "gensparse.plan",
     "Layout": "gensparse.layout",
     "Segment": "gensparse.layout",
     "load_embedded": "gensparse.embedded",
@@ -30,6 +32,8 @@ __all__ = [
     "Handle",
     "Layout",
     "Plan",
+    "RouteContext",
+    "RoutedPlan",
     "Segment",
     "__version__",
     "applied",
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
     from gensparse.embedded import load_embedded
     from gensparse.errors import ConfigError, GensparseError
     from gensparse.layout import Layout, Segment
-    from gensparse.plan import Plan, build_plan
+    from gensparse.plan import Plan, RouteContext, RoutedPlan, build_plan
 
 
 def __getattr__(name: str) -> Any:

@@ -16,10 +16,12 @@ from gensparse.kernels import triton as triton_kernels
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.need import Need
 from gensparse.kernels.pool import cell_counts, pool_keys
+from gensparse.kernels.route import Choice, Clustering
 from gensparse.kernels.triton.tune import arch_of
 from gensparse.layout import Layout
 from gensparse.patterns.base import Source
-from gensparse.plan import Plan
+from gensparse.patterns.blocks import Blocks
+from gensparse.plan import ClusterPlan, Plan, RouteContext, RoutedPlan, build_plan
 
 logger = logging.getLogger("gensparse")
 
@@ -51,7 +53,7 @@ def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    plan: Plan | RoutedPlan | ClusterPlan,
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
@@ -59,6 +61,7 @@ def sparse_attention(
     groups: Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    ctx: RouteContext | Choice | Clustering | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention restricted to the pairs of a plan, as one softmax over all keys a query sees.
 
@@ -71,17 +74,26 @@ def sparse_attention(
         groups: integer [B|1, H|1], entry of the pattern menu for every head; needed by plans of PerHead patterns.
         backend: a name of `BACKENDS`; by default the first without an objection.
         return_lse: also return the log-sum-exp of every query's logits.
+        ctx: for patterns chosen at run time, what the choice depends on (seed, layer, step), or a choice made before by
+            `plan.select`.
 
     Returns:
         out [B, S, H, D] in q.dtype; with `return_lse` also lse fp32 [B, S, H]. Queries that see no key give 0 and -inf.
 
     Raises:
         LayoutMismatchError: tensors that do not fit the plan's layout.
-        ConfigError: sources or groups that do not fit the plan.
+        ConfigError: sources, groups or ctx that do not fit the plan.
         BackendError: the backend asked for cannot serve the call.
     """
     _check(q, k, v, plan, groups)
     plan = plan.to(q.device)
+    if isinstance(plan, RoutedPlan | ClusterPlan):
+        _only_own(plan, key_bias, sources, groups)
+        call = Call(q, k, v, plan, None, key_bias, scale, return_lse)
+        out, lse = (_routed if isinstance(plan, RoutedPlan) else _clustered)(call, ctx, backend)
+        return (out, lse) if return_lse else out
+    if ctx is not None:
+        raise ConfigError("ctx is given but nothing is chosen at run time by this plan; leave ctx out.")
     if plan.sources:
         k, v, key_bias = _with_sources(k, v, plan, key_bias, sources)
     elif sources:
@@ -285,6 +297,80 @@ def _own_bias(plan: Plan, source: Source, device: torch.device) -> Tensor:
     counts = cell_counts(plan.layout.segments[source.of].shape, source.cells, source.shift, device)
     whole = prod(source.cells) if source.bias == "log_share" else 1
     return (counts.double() / whole).log()
+
+
+def _only_own(
+    plan: RoutedPlan | ClusterPlan, key_bias: Tensor | None, sources: Sources | None, groups: Tensor | None
+) -> None:
+    if sources or groups is not None:
+        raise ConfigError(
+            f"{plan.pattern!r} makes its own keys and lists; leave sources and groups out of a call with this plan."
+        )
+    if key_bias is not None and key_bias.shape[-1] != plan.tokens:
+        raise ConfigError(
+            f"key_bias covers {key_bias.shape[-1]} keys; pass one entry for each of the {plan.tokens} own tokens."
+        )
+
+
+def _routed(call: Call, ctx: RouteContext | Choice | Clustering | None, backend: str | None) -> Result:
+    """Choose, append pooled keys, and attend by the lists of the choice, as many heads at a time as their lists fit."""
+    plan: RoutedPlan = call.plan
+    choice = ctx if isinstance(ctx, Choice) else plan.select(call.q, call.k, _context(ctx, call.plan))
+    k, v, key_bias = plan.extend(call.k, call.v, call.key_bias)
+    need = _need(call.q, k, v, plan, key_bias, call.return_lse)
+    if need.grad and backend is None:
+        backend = "plan_loop"
+    if need.grad and backend == "triton":
+        raise BackendError(
+            "Can't run triton; lists chosen at run time hold a key in several tiles, and its gradient kernels need "
+            "each key in one: use plan_loop."
+        )
+    repeat = call.q.shape[2] // k.shape[2]
+    step = plan.heads_per_step(call.q.shape[0], k.shape[2], call.q.shape[2], choice)
+    parts = []
+    for first in range(0, k.shape[2], step):
+        keys, heads = slice(first, first + step), slice(first * repeat, (first + step) * repeat)
+        own = Choice(*(x if x.shape[1] == 1 else x[:, heads] for x in choice))
+        bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, heads]
+        chosen = plan.lower(own)
+        tensors = (call.q[:, :, heads], k[:, :, keys], v[:, :, keys])
+        part = Call(*tensors, chosen, chosen.group_index, bias, call.scale, call.return_lse)
+        parts.append(_run_first(part, need) if backend is None else _explicit(backend, need).run(part))
+    out = torch.cat([out for out, _ in parts], 2)
+    return out, torch.cat([lse for _, lse in parts], 2) if call.return_lse else None
+
+
+def _clustered(call: Call, ctx: RouteContext | Choice | Clustering | None, backend: str | None) -> Result:
+    """Attention inside clusters of gathered tokens, outputs averaged over the clusters of a token."""
+    if call.return_lse:
+        raise ConfigError("Clusters averages outputs of several softmaxes, which have no log-sum-exp; leave it out.")
+    plan: ClusterPlan = call.plan
+    repeat = call.q.shape[2] // call.k.shape[2]
+    k, v = (x.repeat_interleave(repeat, dim=2) for x in (call.k, call.v))
+    own = ctx if isinstance(ctx, Clustering) else plan.select(call.q, k, _context(ctx, plan))
+    q_index, k_index = (x.long().flatten(2) for x in own)  # [B, H, clusters * size]
+    gathered = [_picked(x, index) for x, index in ((call.q, q_index), (k, k_index), (v, k_index))]
+    bias = call.key_bias
+    if bias is not None:
+        bias = bias.expand(*q_index.shape[:2], -1).gather(2, k_index)
+    clusters, size = own.q_index.shape[2:]
+    inner = build_plan(Blocks((1, 1, size)), Layout.joint((1, 1, clusters * size)), device=call.q.device)
+    out = sparse_attention(*gathered, inner, scale=call.scale, key_bias=bias, backend=backend)
+    index = q_index.transpose(1, 2)[..., None]
+    total = torch.zeros_like(call.q).scatter_add(1, index.expand_as(out), out)
+    count = torch.zeros_like(call.q[..., :1]).scatter_add(1, index, torch.ones_like(out[..., :1]))
+    return total / (count + plan.pattern.eps).clamp_min(torch.finfo(count.dtype).tiny), None
+
+
+def _context(ctx: RouteContext | Choice | Clustering | None, plan: RoutedPlan | ClusterPlan) -> RouteContext:
+    if ctx is None or isinstance(ctx, RouteContext):
+        return ctx or RouteContext()
+    raise ConfigError(f"ctx is a {type(ctx).__name__}, which {plan.pattern!r} does not take; pass a RouteContext.")
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` [B, H, n] of x [B, S, H, D]: [B, n, H, D]."""
+    return x.gather(1, index.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
 def _run_works(attend: Callable[..., Result], works: tuple[Work, ...] | None, call: Call) -> Result:

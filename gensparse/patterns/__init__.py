@@ -11,6 +11,7 @@ from gensparse.patterns.pooled import HiLo, Pooled, Proxy, Pyramid, VaryingWindo
 from gensparse.patterns.radial import Radial
 from gensparse.patterns.references import Reference, References
 from gensparse.patterns.regions import Regions
+from gensparse.patterns.routed import Clusters, PyramidBlocks, RoutedPattern, TopRegions
 from gensparse.patterns.segments import Isolation, KeyMask, Policy, QueryMask, Text
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Anchors",
     "Blocks",
     "Box",
+    "Clusters",
     "CrissCross",
     "Disc",
     "Grid",
@@ -39,16 +41,19 @@ __all__ = [
     "Pooled",
     "Proxy",
     "Pyramid",
+    "PyramidBlocks",
     "QueryMask",
     "Radial",
     "Reference",
     "References",
     "Regions",
+    "RoutedPattern",
     "Rule",
     "SlidingTiles",
     "Source",
     "Stripes",
     "Text",
+    "TopRegions",
     "Union",
     "VaryingWindow",
     "double_windows",

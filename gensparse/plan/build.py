@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from gensparse.kernels.plan_loop import TileLists
 from gensparse.layout import Grid, Ints, Layout
 from gensparse.patterns.base import RUNS, Data, Pattern, Rule, Source
 from gensparse.patterns.linear import linear
+from gensparse.patterns.routed import RoutedPattern
 from gensparse.plan.lists import GroupLists, TilePairs, list_tiles
 from gensparse.plan.lowering import NotLoweredError, lower_halo, lower_partition
+from gensparse.plan.routed import ClusterPlan, RoutedPlan, build_routed
 from gensparse.plan.schedule import cut_pieces, turn
 from gensparse.plan.search import tile_shapes
 from gensparse.plan.tiles import cut_segments
@@ -190,15 +192,23 @@ class Plan:
             return str(reason)
 
 
+@overload
+def build_plan(pattern: Pattern, layout: Layout, **settings: Any) -> Plan: ...
+
+
+@overload
+def build_plan(pattern: RoutedPattern, layout: Layout, **settings: Any) -> RoutedPlan | ClusterPlan: ...
+
+
 def build_plan(
-    pattern: Pattern,
+    pattern: Pattern | RoutedPattern,
     layout: Layout,
     *,
     data: Mapping[str, np.ndarray | torch.Tensor] | None = None,
     q_tile: Tile = None,
     k_tile: Tile = None,
     device: torch.device | str = "cpu",
-) -> Plan:
+) -> Plan | RoutedPlan | ClusterPlan:
     """The plan of a pattern on a layout, from a cache of the last `CACHED_PLANS`.
 
     Args:
@@ -206,10 +216,17 @@ def build_plan(
         q_tile, k_tile: tokens of a tile (a power of two from 32 to 256; the shape is then searched), or its shape
             (F, H, W) on the target. By default 128 queries and 64 keys.
 
+    Patterns chosen at run time (`gensparse.patterns.routed`) give a `RoutedPlan` or `ClusterPlan`, whose tiles only
+    have a size.
+
     Raises:
         ConfigError: a tile that is not allowed, or a setting of the pattern that does not fit the layout.
         PlanTooLargeError: the lists or masks pass their limits.
     """
+    if isinstance(pattern, RoutedPattern):
+        sizes = (("q_tile", q_tile, Q_TILE), ("k_tile", k_tile, K_TILE))
+        slots = (None if size[1] is None else _tile_size(*size) for size in sizes)
+        return build_routed(pattern, layout, *slots, device)
     arrays = {name: np.asarray(array) for name, array in (data or {}).items()}
     return _cached(_Request(pattern.key(), layout, _digest(arrays), q_tile, k_tile, str(device), pattern, arrays))
 
