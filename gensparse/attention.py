@@ -98,9 +98,12 @@ def sparse_attention(
         k, v, key_bias = _with_sources(k, v, plan, key_bias, sources)
     elif sources:
         raise ConfigError(f"sources={sorted(sources)} are given but the plan has none; leave sources out.")
-    need = _need(q, k, v, plan, key_bias, return_lse)
     call = Call(q, k, v, plan, groups, key_bias, scale, return_lse)
-    out, lse = _run_first(call, need) if backend is None else _explicit(backend, need).run(call)
+    if torch.compiler.is_compiling() and backend is None:
+        out, lse = _run_compiled(call)
+    else:
+        need = _need(q, k, v, plan, key_bias, return_lse)
+        out, lse = _run_first(call, need) if backend is None else _explicit(backend, need).run(call)
     return (out, lse) if return_lse else out
 
 
@@ -159,6 +162,21 @@ def _run_first(call: Call, need: Need) -> Result:
         except BackendError as error:
             failed[name] = str(error)
             _announce_failure(str(error))
+
+
+def _run_compiled(call: Call) -> Result:
+    """One op for any plan, because a compiler should neither look into the lists nor choose by what they hold."""
+    if _compiled_engine(call.q.device, call.q.dtype, call.q.shape[-1]) == "triton":
+        return _run_triton(call)
+    options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
+    return ops.attend(call.q, call.k, call.v, call.plan.lists, **options)
+
+
+@torch.compiler.assume_constant_result
+def _compiled_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The engine of compiled calls: the kernels on GPUs that run them, else the plan loop."""
+    need = Need(dtype, device.type, head_dim, queries=0, keys=0, density=1.0, arch=arch_of(device))
+    return "triton" if device.type != "cpu" and triton_kernels.why_not(need) is None else "plan_loop"
 
 
 def _choose(plan: Plan, need: Need, failed: Mapping[str, str] = MappingProxyType({})) -> str:

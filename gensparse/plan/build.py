@@ -71,12 +71,12 @@ class Plan:
         """Extra keys after the layout's own tokens, in order."""
         return self.rule.sources
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Queries, which are also the keys before the sources."""
         return self.layout.tokens
 
-    @cached_property
+    @property
     def keys(self) -> int:
         """Keys with all sources."""
         return sum(segment.length for segment in self.rule.key_segments)
@@ -282,7 +282,10 @@ def _cached(request: _Request) -> Plan:
 @lru_cache(maxsize=CACHED_PLANS)
 def _moved(plan: Plan, device: torch.device) -> Plan:
     lists = TileLists(*(x.to(device) for x in plan.lists))
-    return replace(plan, lists=lists, order=plan.order.to(device), origin=plan.origin or plan)
+    moved = replace(plan, lists=lists, order=plan.order.to(device), origin=plan.origin or plan)
+    if device.type == "cuda":  # made here, because compiled and captured calls cannot make them
+        _ = moved.pieces, moved.turned, moved.turned_pieces
+    return moved
 
 
 def _natural(rule: Rule, request: _Request) -> Rule:

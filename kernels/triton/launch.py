@@ -15,8 +15,9 @@ from .tune import Case, Config, config_for
 
 logger = logging.getLogger("gensparse")
 
-REMEMBERED = 64  # cases whose smaller config is kept
-_smaller: OrderedDict[Case, Config] = OrderedDict()
+REMEMBERED = 64  # cases of either kind
+_smaller: OrderedDict[Case, Config] = OrderedDict()  # the config of the table failed, this one runs
+_given_up: OrderedDict[Case, str] = OrderedDict()  # both failed
 
 # A RuntimeError with one of these is a failure of a config; others (a wrong argument, a bug) pass through.
 _SIGNS = ("Triton Error", "PassManager::run failed", "out of memory", "ptxas", "LLVM ERROR")
@@ -26,28 +27,43 @@ def launch(case: Case, run: Callable[[Config], None]) -> None:
     """`run` with the config of a case; on failure once with a smaller one, which later calls of the case start with.
 
     Raises:
-        BackendError: both failed.
+        BackendError: both failed; kernels that do not compile are not compiled again for the case.
     """
-    config = _smaller.get(case) or config_for(case)
+    if case in _given_up:
+        raise BackendError(_given_up[case])
+    if case in _smaller:
+        _last_try(case, _smaller[case], run)
+        return
+    config = config_for(case)
+    small = config.smaller()
     try:
         run(config)
-        return
     except Exception as error:
-        small = config.smaller()
         if not config_failed(error):
             raise
-        if small == config or case in _smaller:
-            raise BackendError(_sentence(case, config, error)) from error
         logger.warning("%s Trying %s.", _sentence(case, config, error), small)
+    else:
+        return
+    _last_try(case, small, run)
+    _keep(_smaller, case, small)
+
+
+def _last_try(case: Case, config: Config, run: Callable[[Config], None]) -> None:
     try:
-        run(small)
+        run(config)
     except Exception as error:
         if not config_failed(error):
             raise
-        raise BackendError(_sentence(case, small, error)) from error
-    _smaller[case] = small
-    while len(_smaller) > REMEMBERED:
-        _smaller.popitem(last=False)
+        sentence = _sentence(case, config, error)
+        if not isinstance(error, torch.OutOfMemoryError):  # memory may be free again next time
+            _keep(_given_up, case, sentence)
+        raise BackendError(sentence) from error
+
+
+def _keep(cache: OrderedDict, case: Case, value: Config | str) -> None:
+    cache[case] = value
+    while len(cache) > REMEMBERED:
+        cache.popitem(last=False)
 
 
 def config_failed(error: Exception) -> bool:
