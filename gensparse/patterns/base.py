@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gensparse.errors import ConfigError, PlanTooLargeError
 from gensparse.layout import Boxes, Coords, Grid, Ints, Layout, Segment, segment_coords
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NONE, PARTIAL, FULL = np.int8(0), np.int8(1), np.int8(2)
 
@@ -84,6 +87,31 @@ class Pattern(ABC):
             PlanTooLargeError: more than `DENSE_MASK_LIMIT` entries.
         """
         return self.bind(layout, data).dense_mask()
+
+    def draw(
+        self,
+        layout: Layout,
+        query: int | tuple[int, ...],
+        *,
+        group: int = 0,
+        scale: int = 8,
+        data: Mapping[str, Any] | None = None,
+    ) -> "Image":
+        """A picture of the keys one query sees: the target, below it the other segments, then the extra keys.
+
+        Args:
+            layout: what every token is.
+            query: a position on the target, (H, W) or (F, H, W), or the number of a token of the sequence.
+            group: which pattern of the menu.
+            scale: pixels of a token.
+            data: arrays that the pattern names.
+
+        Raises:
+            ConfigError: a query outside the layout, a group or scale out of range, or a picture of too many pixels.
+        """
+        from gensparse.patterns.draw import draw_pattern
+
+        return draw_pattern(self, layout, query, group=group, scale=scale, data=data)
 
     def __or__(self, other: "Pattern") -> "Pattern":
         return Union(_parts(Union, self, other)) if isinstance(other, Pattern) else NotImplemented
