@@ -13,6 +13,7 @@ from gensparse.patterns.references import Reference, References
 from gensparse.patterns.regions import Regions
 from gensparse.patterns.routed import Clusters, PyramidBlocks, RoutedPattern, TopRegions
 from gensparse.patterns.segments import Isolation, KeyMask, Policy, QueryMask, Text
+from gensparse.patterns.target import TargetRule
 
 __all__ = [
     "FULL",
@@ -52,6 +53,7 @@ __all__ = [
     "SlidingTiles",
     "Source",
     "Stripes",
+    "TargetRule",
     "Text",
     "TopRegions",
     "Union",
