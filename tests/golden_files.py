@@ -19,8 +19,21 @@ OWNED: dict[str, tuple[str, ...]] = {
     "clear": ("patterns/test_golden_masks.py", "kernels"),
     "classic_windows": ("patterns/test_golden_masks.py", "kernels"),
     "msw_msa": ("patterns/test_golden_masks.py", "testing/test_msw_reference.py", "kernels"),
+    "radial": ("test_golden_geometry.py",),
+    "freeswim": ("test_golden_geometry.py",),
+    "scale_dit": ("test_golden_geometry.py",),
+    "hybrids": ("test_golden_geometry.py", "test_golden_pooled.py", "test_golden_routed.py"),
+    "ptdit": ("test_golden_pooled.py",),
+    "psa": ("test_golden_routed.py",),
     "highres-rope": ("highres",),
     "highres-freq": ("highres",),
+    "freecustom": ("test_golden_references.py",),
+    "magicface": ("test_golden_references.py",),
+    "consistory": ("test_golden_references.py",),
+    "storydiffusion": ("test_golden_references.py",),
+    "ir-diffusion": ("test_golden_references.py",),
+    "shared-attention": ("test_golden_references.py",),
+    "regional-prompting": ("test_golden_references.py",),
 }
 
 
@@ -30,21 +43,31 @@ class GoldenError(AssertionError):
 
 @dataclass(frozen=True)
 class Schema:
-    """The arrays of one kind of file: names it must have, names it may have, or a grammar for all names."""
+    """The arrays of one kind of file: names it must have, names it may have, a grammar for more, or one for all."""
 
     required: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     grammar: str | None = None
+    more: str = "(?!)"
 
     def fits(self, names: Iterable[str]) -> bool:
         names = set(names)
         if self.grammar is not None:
             return bool(names) and all(re.fullmatch(self.grammar, name) for name in names)
-        return self.required <= names <= self.required | self.optional
+        rest = names - self.required - self.optional
+        return self.required <= names and all(re.fullmatch(self.more, name) for name in rest)
 
 
-def _schema(required: str, optional: str = "") -> Schema:
-    return Schema(frozenset(required.split()), frozenset(optional.split()))
+def _schema(required: str, optional: str = "", more: str = "(?!)") -> Schema:
+    return Schema(frozenset(required.split()), frozenset(optional.split()), more=more)
+
+
+LAYER = "hidden heads w_q w_k w_v w_o b_o out"  # an attention layer with its projections
+
+
+def _linear(names: str) -> str:
+    """Weight and bias of linear layers, as the files name them."""
+    return " ".join(f"w.{name}.{part}" for name in names.split() for part in ("weight", "bias"))
 
 
 SCHEMAS: dict[str, dict[str, Schema]] = {
@@ -68,6 +91,95 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
     "msw_msa": {
         "even": _schema("q k v out heads height width shift_index window shift mask window_id"),
         "odd_bicubic": _schema("q k v out heads height width shift_index window shift"),
+    },
+    "radial": {
+        "blocks": _schema("block_mask frames tokens_per_frame block decay model", "text_tokens density"),
+        "attention": _schema("q k v out block_mask frames tokens_per_frame block decay model", "text_tokens density"),
+    },
+    "freeswim": {
+        "window": _schema("mask_inward mask_plain frames height width d_h d_w"),
+        "attention": _schema("q k v out_window out_full scale base_tokens_per_frame frames height width d_h d_w"),
+        "schedule": _schema("timesteps sigmas num_inference_steps flow_shift strength"),
+    },
+    "scale_dit": {
+        "mask": _schema("mask_bits seq text_length hr_hw lr_hw window permuted hr_perm lr_perm hilbert_perm"),
+        "blocks": _schema("block_mask image_hw text_length block"),
+    },
+    "hybrids": {
+        "double_attention": _schema("q k v out params"),
+        "hilo": _schema(f"x y params {_linear('h_qkv h_proj l_q l_kv l_proj')}"),
+        "biformer": _schema(f"x y route_index params {_linear('qkv.qkv wo')}"),
+        "routing": _schema("q k v means q_index k_index out params"),
+    },
+    "ptdit": {
+        "proxy_tokens": Schema(
+            grammar=r"c\d+_(x|windows|proxy_mean|proxy_first|compress_ratios|proxy_compress_ratios|scale_ratio)"
+        ),
+        "windows": Schema(
+            grammar=r"c\d+_(fhw|compress_ratios|window_token_index|shifted_window_token_index|shifted_allowed)"
+        ),
+        "pooled_kv": Schema(grammar=r"c\d+_(q|k|v|out|params)"),
+        "block": Schema(grammar=r"x|y|text|text_mask|timestep6|compress_ratios|heads|w\..+"),
+        "tiny_model": Schema(grammar=r"config|x|t|y|text|text_mask|w\..+"),
+    },
+    "psa": {
+        "importance": _schema("q k sample_q sample_k importance block_m block_n"),
+        "levels": _schema("importance levels mode level_keys level_start level_end block_n tile_n density"),
+        "caps": _schema("k caps block_n thresholds"),
+        "attention": _schema("q k v levels out block_m block_n"),
+        "gilbert": _schema("order width height depth"),
+    },
+    "freecustom": {"mrsa": _schema("q k v ref_masks mask_weights style_fidelity grid layer_bias out")},
+    "magicface": {
+        "attention": _schema(
+            "q k v ref_masks mask_weights step inject_step ref_index semantic_map region_mask grid out"
+        ),
+        "segmentation": _schema(
+            "ref_index ca_scale_x100 latent_size semantic_map foreground noise_uncond noise_text guidance_scale rate",
+            more=r"r\d+_(self|cross)",
+        ),
+    },
+    "consistory": {
+        "sdsa": _schema(f"{LAYER} subject_mask extended_mapping", "vanilla_query blend"),
+        "feature_injection": _schema(
+            "features features_smoothed subject_mask extended_mapping nn_map nn_dist alpha attn_out attn_out_injected"
+        ),
+        "subject_mask": _schema("cross_attn token_indices mask_lo mask_hi"),
+    },
+    "storydiffusion": {
+        "attention": _schema(
+            "size id_length sa_rate heads w_q w_k w_v w_o b_o key_mask hidden_write out_write hidden_read out_read"
+        ),
+    },
+    "ir-diffusion": {
+        "attention": _schema(
+            "grid heads source_mask_px target_mask_px source_mask target_mask repositioned_mask "
+            "iso_hidden iso_out iso_w_q iso_w_k iso_w_v iso_w_o iso_b_o "
+            "mca_hidden mca_context mca_lambda mca_out mca_w_q mca_w_k mca_w_v mca_w_o mca_b_o "
+            "rep_hidden rep_moved_hidden rep_ref_bias rep_out rep_w_q rep_w_k rep_w_v rep_w_o rep_b_o"
+        ),
+    },
+    "shared-attention": {
+        "stylealigned": _schema(
+            f"{LAYER} adain_queries adain_keys adain_values share_attention full_attention_share shared_score_scale "
+            "shared_score_shift"
+        ),
+        "groupnorm": _schema("x groups weight bias eps out"),
+        "masactrl": _schema("q k v out", "mask_source mask_target"),
+        "tokenflow": _schema(f"{LAYER} inject_source_qk"),
+    },
+    "regional-prompting": {
+        "flux_mask": _schema("image_size token_grid text_len regions_xyxy region_masks expected_mask"),
+        "unet_couple": _schema(
+            "hidden uncond base_text grid region_masks base_weight heads expected_weights expected "
+            "to_q to_k to_v to_out_w to_out_b",
+            more=r"region_text_\d+",
+        ),
+        "multidiffusion": _schema("image_size views masks denoised expected expected_count"),
+        "boxdiff": _schema(
+            "attention token_indices boxes_xyxy_512 P corner_L smooth expected_fg expected_bg expected_corner_x "
+            "expected_corner_y expected_max_fg_loss expected_loss"
+        ),
     },
 }
 

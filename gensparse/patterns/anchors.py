@@ -110,8 +110,20 @@ class _AnchorsRule(Rule):
         self._per_row = int(self._last[1]) + 1
 
     def allowed(self, q: Coords, k: Coords, group: int = 0) -> Bools:
-        one = Boxes(q.segment, q.position, q.position + 1), Boxes(k.segment, k.position, k.position + 1)
-        return self.tile_relation(*one, group) == FULL
+        own, other = self._kind[q.segment], self._kind[k.segment]
+        apart = np.abs(q.position - k.position)
+        seen = self._open[own, other] | ((own == 2) & (other == 2) & np.all(apart <= self._reach, axis=-1))
+        seen = seen | ((own == 3) & (other == 3) & np.all(apart <= _LOW, axis=-1))
+        cross = (own == 2) & (other == 3)
+        if not cross.any():
+            return seen
+        q_window, k_window = self._q_windows(q.position[..., 1:]), k.position[..., 1:] // self._size
+        if self._faithful:
+            per_row = np.array([self._per_row, 1])
+            near = np.abs((q_window * per_row).sum(-1) - (k_window * per_row).sum(-1)) <= 1
+        else:
+            near = np.all(np.abs(q_window - k_window) <= 1, axis=-1)
+        return seen | (cross & near)
 
     def tile_relation(self, q: Boxes, k: Boxes, group: int = 0) -> Relation:
         (q, q_own), (k, k_own) = self._clip(q), self._clip(k)
