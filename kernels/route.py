@@ -46,7 +46,7 @@ class Units(NamedTuple):
         always: [A] units that every query block sees besides its choice.
         fixed_ptr: [n_qt - n + 1] first entry of every fixed list; fixed_tile, fixed_mask: [m] their entries.
         atlas: [BN - 1, BM, BN // 32], row c - 1 shows the first c keys of a tile.
-        most_full, most_rest: the largest entries of `full` and `rest`.
+        blocks: query blocks; most_full, most_rest: the largest entries of `full` and `rest`.
     """
 
     q_rows: Tensor
@@ -61,6 +61,7 @@ class Units(NamedTuple):
     fixed_tile: Tensor
     fixed_mask: Tensor
     atlas: Tensor
+    blocks: int
     most_full: int
     most_rest: int
 
@@ -76,9 +77,8 @@ class Units(NamedTuple):
     def bytes_per_group(self, capacity: int) -> int:
         """About what `tile_lists` needs for one batch entry and head."""
         full, loose = self.longest(capacity)
-        blocks = int(self.tile_block.max()) + 1 if len(self.tile_block) else 0
-        slots = loose * self.k_rows.shape[1]
-        return blocks * (40 * (full + loose) + 32 * slots) + len(self.tile_block) * 24 * (full + loose)
+        packed = 36 * loose * self.k_rows.shape[1]
+        return self.blocks * (40 * (full + loose) + packed) + 24 * len(self.tile_block) * (full + loose)
 
 
 def tile_lists(units: Units, index: Tensor, counts: Tensor) -> TileLists:

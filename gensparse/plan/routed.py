@@ -420,7 +420,7 @@ def _units(cut: Cut, q_size: int, k_size: int) -> Units:
         entries, masks, atlas,
     )  # fmt: skip
     tensors = (torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in tables)
-    return Units(*tensors, most_full=max(full, default=0), most_rest=int(rest.max(initial=0)))
+    return Units(*tensors, blocks=len(cut.queries), most_full=max(full, default=0), most_rest=int(rest.max(initial=0)))
 
 
 def _query_tiles(queries: Ints, size: int) -> tuple[list[Ints], list[int]]:
