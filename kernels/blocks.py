@@ -86,6 +86,7 @@ def attend_works(
         parts = [
             _attend_heads(block, work, tokens, factor, return_lse)
             for work, own in zip(works, rows, strict=True)
+            if own is None or len(own)  # an entry of the menu that no head uses
             for block in _head_blocks(heads.take(own), work, return_lse)
         ]
         out = in_order([out for out, _ in parts], rows)

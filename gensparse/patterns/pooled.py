@@ -217,7 +217,7 @@ class VaryingWindow(Pattern):
 
     Args:
         window: queries per window and cells per context, one value or (H, W) or (F, H, W).
-        ratio: tokens per cell and axis; 1 is plain windows.
+        ratio: tokens per cell and axis; 1 is plain windows where they divide the grid.
         bias: as for `Pooled`; "log_count" where text is seen in the same softmax.
 
     Raises:
