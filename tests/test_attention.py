@@ -1,6 +1,7 @@
 """Every CPU backend against the dense fp64 oracle: sizes, dtypes, gradients, options, refusals."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -37,24 +38,24 @@ def with_pools(pattern, layout, k, v, key_bias=None):
         return k, v, key_bias
     start, segment = layout.starts[layout.target], layout.segments[layout.target]
     own = slice(start, start + segment.length)
-    pooled = [[pool_keys(x[:, own], segment.shape, s.cells, None) for s in rule.sources] for x in (k, v)]
+    pooled = [[pool_keys(x[:, own], segment.shape, s.cells, None, s.shift) for s in rule.sources] for x in (k, v)]
     bias = [k.new_zeros(layout.tokens)] if key_bias is None else [key_bias]
-    for source in rule.sources:
-        bias.append(
-            cell_logs(segment.shape, source) if source.bias == "log_count" else torch.zeros(source.segment.length)
-        )
+    bias += [cell_bias(segment.shape, source) for source in rule.sources]
     shape = (*bias[0].shape[:-1], -1)
     joined = torch.cat([bias[0], *(part.to(k.dtype).expand(*shape) for part in bias[1:])], -1)
     joined = joined if joined.dim() == 3 else joined[None, None]
     return torch.cat([k, *pooled[0]], 1), torch.cat([v, *pooled[1]], 1), joined
 
 
-def cell_logs(grid, source):
-    """ln(tokens in the cell), by counting."""
-    index = [torch.arange(n) // c for n, c in zip(grid, source.cells, strict=True)]
+def cell_bias(grid, source):
+    """What a source adds to its logits, by counting the tokens of every cell."""
+    if not isinstance(source.bias, str):
+        return torch.full((source.segment.length,), float(source.bias), dtype=torch.float64)
+    index = [(torch.arange(n) + -s % c) // c for n, c, s in zip(grid, source.cells, source.shift, strict=True)]
     shape = source.segment.shape
     cell = (index[0][:, None, None] * shape[1] + index[1][:, None]) * shape[2] + index[2]
-    return torch.bincount(cell.reshape(-1)).double().log()
+    count = torch.bincount(cell.reshape(-1)).double()
+    return (count if source.bias == "log_count" else count / math.prod(source.cells)).log()
 
 
 def expected(pattern, layout, q, k, v, plan, **settings):
