@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gensparse.errors import BackendError, ConfigError, LayoutMismatchError
-from gensparse.kernels import halo, ops, partition, plan_loop, reference
+from gensparse.kernels import flex, halo, ops, partition, plan_loop, reference, xformers
 from gensparse.kernels import triton as triton_kernels
 from gensparse.kernels.blocks import Work
 from gensparse.kernels.need import Need
@@ -146,6 +146,17 @@ def explain(plan: Plan, q: Tensor) -> dict[str, str | None]:
     """Backend -> why it cannot run `plan` on tensors like `q`, None where it can; the first None is chosen."""
     need = _need(q, q, q, plan, None, False)
     return {name: backend.why_not(need) for name, backend in BACKENDS.items()}
+
+
+def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Backend -> why it does not run on this machine, None where it does; in the order they are tried.
+
+    Args:
+        device: what to ask about; by default the first GPU, or the CPU without one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    plan = build_plan(Blocks(8), Layout.image(16, 16))  # windows: every backend has a form for them
+    return explain(plan, torch.zeros(1, 256, 1, 64, device=device))
 
 
 def choose(plan: Plan, q: Tensor) -> str:
@@ -460,6 +471,25 @@ def _run_plan_loop(call: Call) -> Result:
     return plan_loop.attend(call.q, call.k, call.v, call.plan.lists, **options)
 
 
+def _run_flex(call: Call) -> Result:
+    lists = call.plan.lists
+    try:
+        mask = _flex_mask(call.plan) if call.groups is None else flex.block_mask(lists, call.groups)
+    except ValueError as error:
+        raise BackendError(str(error)) from error
+    options = {"key_bias": call.key_bias, "scale": call.scale, "return_lse": call.return_lse}
+    return flex.attend(call.q, call.k, call.v, lists, mask, **options)
+
+
+@lru_cache(maxsize=4)
+def _flex_mask(plan: Plan) -> Any:
+    return flex.block_mask(plan.lists)
+
+
+def _run_xformers(call: Call) -> Result:
+    return _run_works(xformers.attend, call.plan.partition(), call)
+
+
 def _run_reference(call: Call) -> Result:
     options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
     return reference.attend(call.q, call.k, call.v, call.plan.dense_mask, **options)
@@ -471,4 +501,7 @@ BACKENDS: dict[str, Backend] = {
     "halo": Backend(halo.why_not, _run_halo),
     "plan_loop": Backend(plan_loop.why_not, _run_plan_loop),
     "reference": Backend(reference.why_not, _run_reference),
+    # behind plan_loop, which takes everything: these run when they are asked for
+    "flex": Backend(flex.why_not, _run_flex),
+    "xformers": Backend(xformers.why_not, _run_xformers),
 }
