@@ -40,6 +40,7 @@ FORBIDDEN_AT_IMPORT = {
     "attention": {"diffusers", "triton"},
     "families": {"diffusers", "transformers", "triton"},
     "highres": {"diffusers", "transformers", "triton"},
+    "subjects": {"diffusers", "transformers", "triton"},
     "processors": {"triton", "transformers"},
     "request": {"torch", "diffusers"},
     "cli": {"torch", "diffusers", "numpy", "transformers"},
