@@ -290,3 +290,29 @@ def test_half_precision_stays_close_to_the_oracle():
         expected, _ = oracle_of(tensors, pattern, layout, data)
         for out, _ in results(tensors, pattern, layout, data):
             torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_replaced_logits_are_two_merged_calls_and_a_third():
+    """PrimeComposer: columns of object tokens take their logits from a second pass, rows of them the transposed ones."""
+    layout, (q, k, v), data = picture((1, 7, 11))
+    inside = torch.from_numpy(data["left"].reshape(-1))
+    prior_q, _, _ = random_qkv(layout, batch=2, seed=7)
+    generator = torch.Generator().manual_seed(8)
+    prior_k = torch.randn(2, int(inside.sum()), *k.shape[2:], generator=generator)
+    logits = torch.einsum("bihd,bjhd->bhij", q, k)
+    prior = torch.einsum("bihd,bmhd->bhim", prior_q, prior_k)
+    logits[..., inside] = prior
+    logits[..., inside, :] = prior.transpose(-1, -2)
+    expected = torch.einsum("bhij,bjhd->bihd", torch.softmax(logits * q.shape[-1] ** -0.5, -1), v)
+
+    rows, keys = data | {"rows": data["right"]}, int(inside.sum())
+    around = results((q, k, v), OWN & QueryMask("rows") & KeyMask("right"), layout, rows)
+    prior_keys = References((Reference("prior", length=keys, queries="rows"),))
+    sources = {"prior": (prior_k, v[:, inside])}
+    columns = results((prior_q, k, v), prior_keys, layout, rows, sources=sources)
+    queries = torch.zeros_like(q)
+    queries[:, inside] = prior_k
+    turned = results((queries, prior_q, v), OWN & QueryMask("left"), layout, rows)
+    for parts in zip(around, columns, turned, strict=False):
+        out, _ = merge_lse(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

@@ -344,8 +344,8 @@ def _atlas(groups: Sequence[GroupLists]) -> tuple[np.ndarray, np.ndarray]:
     masks = np.concatenate([group.masks for group in groups])
     firsts = np.cumsum([0, *(len(group.masks) for group in groups)])
     ids = np.concatenate([np.where(g.mask < 0, -1, g.mask + first) for g, first in zip(groups, firsts, strict=False)])
-    rows = np.ascontiguousarray(masks.reshape(len(masks), -1))
-    if not len(rows):
+    if not len(masks):
         return masks, ids
+    rows = np.ascontiguousarray(masks.reshape(len(masks), -1))
     _, first, index = np.unique(rows.view(f"V{rows.shape[1]}").reshape(-1), return_index=True, return_inverse=True)
     return masks[first], np.where(ids < 0, -1, index.reshape(-1)[np.maximum(ids, 0)])

@@ -25,6 +25,7 @@ from gensparse.patterns import (
     Isolation,
     KeyMask,
     Pattern,
+    PerHead,
     Policy,
     Pooled,
     QueryMask,
@@ -270,6 +271,16 @@ def test_dropped_keys_are_never_listed():
     assert plan.useful[0] == 1024 * (1024 + 256)
     assert plan.stats()["visited_pairs"] == alone.stats()["visited_pairs"] + 1024 * 256
     assert len(plan.lists.atlas) == 0
+
+
+def test_a_menu_may_have_no_masks_at_all():
+    """Masks that follow the tiles need no atlas, in no entry of the menu."""
+    layout = Layout.image(32, 32)
+    data = {"keep": square(32, 0, 0, 16), "groups": 1 + square(32, 0, 0, 32)}
+    pattern = PerHead((OWN, OWN & KeyMask("keep"), OWN & Isolation("groups")))
+    plan = build_plan(pattern, layout, data=data)
+    assert len(plan.lists.atlas) == 0
+    np.testing.assert_array_equal(listed_mask(plan), pattern.dense_mask(layout, data))
 
 
 def test_masks_of_one_side_are_stored_once_per_tile():
