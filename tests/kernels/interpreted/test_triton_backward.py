@@ -12,7 +12,7 @@ from gensparse.layout import Layout
 from gensparse.patterns import Blocks, Disc, Neighborhood, PerHead, Pooled, Stripes, Text
 from gensparse.plan import build_plan
 
-PICTURE = Layout.image(11, 7, text=5)
+PICTURE = Layout.image(6, 7, text=5)
 MENU = PerHead((Stripes(2), Disc(3), Blocks(4))) | Text()
 RATIO = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
@@ -56,7 +56,7 @@ def compare(q, k, v, bias, plan, *, most=None, **settings):
     ("pattern", "layout"),
     [
         (Disc(3) | Text(), Layout.image(1, 1, text=1)),
-        (Disc(3) | Text(), Layout.image(13, 5, text=37)),
+        (Disc(3) | Text(), Layout.image(11, 5, text=37)),
         (Neighborhood(3, dilation=2) | Text(), PICTURE),
         (Disc(2), Layout.video(2, 5, 7, text=3)),
     ],
@@ -66,7 +66,7 @@ def test_gradients_on_awkward_grids(pattern, layout):
     check_backward(pattern, layout)
 
 
-@pytest.mark.parametrize("dim", [1, 12, 72, 160])
+@pytest.mark.parametrize("dim", [1, 72])
 def test_gradients_of_any_head_dimension(dim):
     check_backward(Disc(2) | Text(), Layout.image(5, 7, text=2), dim=dim, heads=1)
 
@@ -76,24 +76,22 @@ def test_gradients_in_half_precision(dtype):
     check_backward(Disc(3) | Text(), PICTURE, dtype=dtype, dim=40, heads=1)
 
 
-@pytest.mark.parametrize("most", [1, 2])
-def test_gradients_of_split_lists(most):
+def test_gradients_of_split_lists():
     bias = torch.randn(1, 1, PICTURE.tokens)
-    check_backward(Disc(3) | Text(), PICTURE, most=most, bias=bias)
-    check_backward(MENU, PICTURE, most=most, heads=3)
+    check_backward(Disc(3) | Text(), PICTURE, most=1, bias=bias)
+    check_backward(MENU, PICTURE, most=1, heads=3)
 
 
-@pytest.mark.parametrize("blocks", [(32, 32), (16, 64)], ids=repr)
-def test_gradients_of_tiles_in_smaller_blocks(blocks, monkeypatch):
-    config = tune.Config(*blocks, num_warps=4, num_stages=1)
+def test_gradients_of_tiles_in_smaller_blocks(monkeypatch):
+    config = tune.Config(32, 32, num_warps=4, num_stages=1)
     monkeypatch.setattr(launch, "config_for", lambda case: config)
     check_backward(Disc(3) | Text(), PICTURE, tiles=(128, 64), heads=1, most=1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=str)
 def test_gradients_of_the_key_bias(shape):
     bias = torch.randn(*shape, PICTURE.tokens)
-    bias[..., 20:40] = -torch.inf
+    bias[..., 20:30] = -torch.inf
     check_backward(Disc(3) | Text(), PICTURE, bias=bias, batch=2)
 
 
@@ -101,11 +99,11 @@ def test_hidden_keys_get_no_gradient():
     plan = build_plan(Disc(3) | Text(), PICTURE, q_tile=32, k_tile=32)
     q, k, v = (x.requires_grad_() for x in random_qkv(PICTURE))
     bias = torch.zeros(1, 1, PICTURE.tokens)
-    bias[..., 10:60] = -torch.inf
+    bias[..., 10:40] = -torch.inf
     out, lse = ops.attend(q, k, v, plan.lists, schedule_of(plan), engine="triton", key_bias=bias.requires_grad_())
     grads = torch.autograd.grad(out.sum() + lse.sum(), (k, v, bias))
-    assert all(torch.all(x[:, 10:60] == 0) for x in grads[:2])
-    assert torch.all(grads[2][..., 10:60] == 0)
+    assert all(torch.all(x[:, 10:40] == 0) for x in grads[:2])
+    assert torch.all(grads[2][..., 10:40] == 0)
     assert torch.all(grads[2][..., :10] != 0)
 
 

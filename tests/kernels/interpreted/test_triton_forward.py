@@ -38,14 +38,14 @@ def test_tile_sizes(tiles):
     check_forward(Disc(3) | Text(), PICTURE, tiles=tiles, heads=1)
 
 
-@pytest.mark.parametrize("blocks", [(32, 32), (64, 32), (16, 64)], ids=repr)
+@pytest.mark.parametrize("blocks", [(64, 32), (32, 64)], ids=repr)
 def test_tiles_are_computed_in_smaller_blocks(blocks, monkeypatch):
     config = tune.Config(*blocks, num_warps=4, num_stages=1)
     monkeypatch.setattr(launch, "config_for", lambda case: config)
     check_forward(Disc(3) | Text(), PICTURE, tiles=(128, 64), heads=1, most=1)
 
 
-@pytest.mark.parametrize("dim", [1, 4, 12, 40, 72, 80, 160, 256])
+@pytest.mark.parametrize("dim", [1, 4, 40, 72, 160, 256])
 def test_any_head_dimension(dim):
     check_forward(Disc(2) | Text(), Layout.image(5, 7, text=2), dim=dim, heads=1)
 
@@ -56,7 +56,7 @@ def test_half_precision(dtype, dim):
     check_forward(Disc(3) | Text(), PICTURE, dim=dim, dtype=dtype, tiles=(64, 32))
 
 
-@pytest.mark.parametrize("most", [1, 2, None])
+@pytest.mark.parametrize("most", [1, None])
 def test_split_lists_give_the_same_result(most):
     check_forward(Disc(3) | Text(), Layout.image(13, 11, text=5), most=most, heads=1)
     check_forward(MENU, PICTURE, most=most, heads=3)
