@@ -92,7 +92,8 @@ def tile_lists(units: Units, index: Tensor, counts: Tensor) -> TileLists:
         row_ptr says how much of key_tile and mask_id is used. In every list the full tiles come first; at most the last
         one has a mask. Packed rests are key tiles of their own, `k_rows` grows by them.
 
-    Cost: about 4 bytes per packed key and 8 per listed tile of every query block, and five times that meanwhile.
+    Cost: 4 bytes per place of a packed key and 8 per place of a listed tile, for the largest choice that every query
+    block may make (`Units.longest`), and meanwhile nine and five times that.
     """
     groups, blocks, _ = index.shape
     slots = units.k_rows.shape[1]
@@ -148,7 +149,7 @@ def block_importance(
     each = 4 * sampled_q.shape[:2].numel() * sampled_q.shape[3] * keys.shape[3]
     parts = []
     for queries in sampled_q.split(max(1, min(count, STEP_BYTES // max(each, 1))), dim=2):
-        scores = (factor * (queries.flatten(2, 3) @ keys)).float()
+        scores = ((factor * queries).flatten(2, 3) @ keys).float()
         best = scores.unflatten(3, (-1, sampled_k.shape[3])).amax(4).unflatten(2, queries.shape[2:4])
         parts.append(torch.exp(best - best.amax(4, keepdim=True)).amax(3))
     importance = torch.cat(parts, dim=2)
@@ -270,18 +271,25 @@ def top_regions(scores: Tensor, count: int, own: bool) -> Choice:
     return Choice(index, torch.full_like(index[..., 0], count))
 
 
-def draw(rows: int, of: int, count: int, seed: Sequence[int], device: torch.device) -> Tensor:
-    """`count` distinct numbers below `of` for each of `rows` rows, ascending, int64 [rows, count].
+def draw(rows: Tensor, of: int, count: int, seed: Sequence[int]) -> Tensor:
+    """`count` distinct numbers below `of`, ascending, int64 [n, count], for every row number in `rows` int64 [n].
 
-    Drawn by a counter-based generator from the numbers in `seed`: equal on every device, and no other draw changes.
+    Drawn by a counter-based generator from the row and the numbers in `seed`: equal on every device and for every other
+    set of rows, and no other draw changes.
     """
     state = 0
     for number in seed:
         for word in (number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF):
             state = _mix(state ^ _mix(word + 0x1234567))
-    row = _mix(_mix(torch.arange(rows, device=device) + 1) ^ state)
-    key = _mix(row[:, None] ^ _mix(torch.arange(of, device=device) + 0x51ED27))
+    row = _mix(_mix((rows + 1) & 0xFFFFFFFF) ^ state)
+    key = _mix(row[:, None] ^ _mix(torch.arange(of, device=rows.device) + 0x51ED27))
     return key.argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
+
+
+def head_rows(batch: int, heads: int, first_head: int, device: torch.device) -> Tensor:
+    """Row numbers [B * H] for `draw`: equal for the same head wherever it is computed."""
+    head = first_head + torch.arange(heads, device=device)
+    return (torch.arange(batch, device=device)[:, None] * 65536 + head).reshape(-1)
 
 
 class Clustering(NamedTuple):
@@ -305,11 +313,12 @@ def cluster_tokens(q: Tensor, k: Tensor, means: Tensor, size: int) -> Clustering
     return Clustering(*found)
 
 
-def fit_centroids(x: Tensor, clusters: int, seed: Sequence[int], rounds: int = 10) -> Tensor:
+def fit_centroids(x: Tensor, clusters: int, seed: Sequence[int], first_head: int = 0, rounds: int = 10) -> Tensor:
     """Unit centroids [B, H, clusters, D] of tokens x [B, S, H, D] by k-means on the sphere, from drawn tokens."""
     points = normalize(x.float(), dim=-1).transpose(1, 2)
     batch, heads, tokens, _ = points.shape
-    start = draw(batch * heads, tokens, clusters, seed, x.device).view(batch, heads, clusters, 1)
+    rows = head_rows(batch, heads, first_head, x.device)
+    start = draw(rows, tokens, clusters, seed).view(batch, heads, clusters, 1)
     means = points.gather(2, start.expand(-1, -1, -1, points.shape[3]))
     for _ in range(rounds):
         nearest = (points @ means.transpose(2, 3)).argmax(-1)

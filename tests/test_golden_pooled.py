@@ -68,7 +68,7 @@ def check_pooled_kv(arrays: dict, path: str) -> None:
     for case in cases(arrays):
         params = json.loads(str(case["params"]))
         layout = Layout.joint(tuple(params["fhw"]), text=params["text"])
-        pattern = Proxy(tuple(params["win"])) | Text()
+        pattern = Proxy(tuple(params["win"])).clamped(layout.grid) | Text()
         q, k, v = (torch.from_numpy(case[name]).transpose(1, 2) for name in "qkv")
         close(attend(path, q, k, v, pattern, layout).transpose(1, 2), case["out"])
 

@@ -234,14 +234,24 @@ def test_equal_contexts_give_equal_choices_and_no_global_draw():
     for other in (first[1], third):
         assert all(torch.equal(a, b) for a, b in zip(first[0], other, strict=True))
     drawn = {
-        tuple(route.draw(2, 64, 16, numbers, q.device).reshape(-1).tolist())
+        tuple(route.draw(torch.arange(2), 64, 16, numbers).reshape(-1).tolist())
         for numbers in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1 << 40, 0, 0), (-1, 0, 0)]
     }
     assert len(drawn) == 6
 
 
+def test_heads_on_other_devices_choose_as_in_one_call():
+    layout = Layout.image(16, 16)
+    plan = build_plan(PyramidBlocks(32, 32, mode="threshold"), layout)
+    q, k, _ = random_qkv(layout, batch=2, heads=4)
+    whole = plan.levels(q, k, RouteContext(3))
+    parts = [plan.levels(q[:, :, h : h + 2], k[:, :, h : h + 2], RouteContext(3, first_head=h)) for h in (0, 2)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert not torch.equal(plan.levels(q[:, :, 2:], k[:, :, 2:], RouteContext(3)), parts[1])
+
+
 def test_drawn_offsets_are_distinct_and_even():
-    drawn = route.draw(4000, 16, 4, (3, 1, 4), torch.device("cpu"))
+    drawn = route.draw(torch.arange(4000), 16, 4, (3, 1, 4))
     assert drawn.shape == (4000, 4)
     assert (drawn.diff(dim=1) > 0).all()
     counts = drawn.flatten().bincount(minlength=16)
@@ -413,6 +423,7 @@ def test_a_context_needs_a_plan_that_chooses():
         (lambda: Clusters(0, 2), "at least 1"),
         (lambda: Clusters(2, 2, eps=-1), "from 0"),
         (lambda: build_plan(Clusters(2, 78), Layout.image(7, 11)), "the 77 tokens"),
+        (lambda: build_plan(Clusters(2, 2), MIXED), "padding"),
         (lambda: build_plan(TopRegions(2, 1), Layout.image(7, 11), k_tile=48), "k_tile=48"),
         (lambda: build_plan(TopRegions(2, 1), Layout.image(7, 11)).choice(torch.zeros(1, 1, 4, 4)), "has no levels"),
     ],

@@ -301,7 +301,9 @@ class Clusters(RoutedPattern):
             raise ConfigError(f"Clusters eps={self.eps!r} is not allowed; pass a number from 0, below 1.")
 
     def check(self, layout: Layout) -> None:
-        """ConfigError when the layout holds fewer tokens than a cluster or than there are centroids."""
+        """ConfigError when the layout holds padding, or fewer tokens than a cluster or than there are centroids."""
+        if any(segment.kind == "pad" for segment in layout.segments):
+            raise ConfigError("Clusters cannot leave padding out; pass a layout without it.")
         if max(self.size, self.clusters) > layout.tokens:
             raise ConfigError(
                 f"Clusters clusters={self.clusters}, size={self.size} is more than the {layout.tokens} tokens of the "

@@ -37,12 +37,14 @@ class RouteContext:
 
     Args:
         seed, layer, step: numbers that sampled offsets are drawn from; equal ones give equal choices.
+        first_head: number of the first head of the call in the model, where heads are split over devices.
         centroids: [H, clusters, D] or [B, H, clusters, D] for `Clusters`; fitted to the call's tokens when None.
     """
 
     seed: int = 0
     layer: int = 0
     step: int = 0
+    first_head: int = 0
     centroids: Tensor | None = None
 
     @property
@@ -135,8 +137,9 @@ class RoutedPlan(_RunTimePlan):
         pattern = self._pyramid()
         batch, _, heads, _ = q.shape
         sizes = (pattern.query_block, pattern.block)
+        rows = route.head_rows(batch, heads, ctx.first_head, q.device)
         offsets = tuple(
-            route.draw(batch * heads, size, max(1, size // 4), (*ctx.numbers, side), q.device).view(batch, heads, -1)
+            route.draw(rows, size, max(1, size // 4), (*ctx.numbers, side)).view(batch, heads, -1)
             for side, size in enumerate(sizes)
         )
         with torch.no_grad():
@@ -330,7 +333,7 @@ class ClusterPlan(_RunTimePlan):
         with torch.no_grad():
             means = ctx.centroids
             if means is None:
-                means = route.fit_centroids(torch.cat([q, k], 1), pattern.clusters, ctx.numbers)
+                means = route.fit_centroids(torch.cat([q, k], 1), pattern.clusters, ctx.numbers, ctx.first_head)
             expected = (q.shape[2], pattern.clusters, q.shape[3])
             if means.shape[-3:] != expected:
                 raise ConfigError(f"centroids have shape {tuple(means.shape)}; pass [H, clusters, D] = {expected}.")
