@@ -13,6 +13,7 @@ _EXPORTS = {
     "make_processors": "gensparse.attach",
     "Handle": "gensparse.attach",
     "sparse_attention": "gensparse.attention",
+    "backends": "gensparse.attention",
     "explain": "gensparse.attention",
     "length_bias": "gensparse.attention",
     "build_plan": "gensparse.plan",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "backends",
     "build_plan",
     "explain",
     "length_bias",
@@ -49,7 +51,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from gensparse.attach import Handle, applied, apply, make_processors, remove
-    from gensparse.attention import explain, length_bias, sparse_attention
+    from gensparse.attention import backends, explain, length_bias, sparse_attention
     from gensparse.embedded import load_embedded
     from gensparse.errors import ConfigError, GensparseError
     from gensparse.layout import Layout, Segment

@@ -203,7 +203,7 @@ def _choose(plan: Plan, need: Need, failed: Mapping[str, str] = MappingProxyType
 
 
 def _explicit(name: str, need: Need) -> Backend:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise BackendError(f"backend={name!r} is unknown; use one of {', '.join(BACKENDS)}.")
     reason = BACKENDS[name].why_not(need)
     if reason is not None:

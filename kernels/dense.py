@@ -63,7 +63,7 @@ def _by_products(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: bool, hide: bool
 ) -> tuple[Tensor, Tensor | None]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores, shift = _scores(q, k, scale)
+    scores, shift = _scores(q, k, bias, scale)
     scores = scores.to(wide) if bias is None else scores + bias
     empty = torch.isneginf(bias).all(dim=-1, keepdim=True) if hide else None
     if empty is not None:  # a softmax over nothing is NaN, in its gradient too
@@ -75,11 +75,12 @@ def _by_products(
     return out.masked_fill(empty, 0.0), total.masked_fill(empty[..., 0], float("-inf")) if lse else None
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor | float]:
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor | float]:
     """scale * q k^T - shift in q.dtype [heads, blocks, queries, keys], and the shift, which a softmax ignores.
 
     A product rounded to half precision is off by a fraction of itself, so rows are moved by about their maximum before
-    rounding: logits that carry weight become small. The keys in the middle, nearest to the queries, give the estimate.
+    rounding: logits that carry weight become small. The keys in the middle, nearest to the queries, give the estimate;
+    hidden ones have no say, and rows that see none of them stay where they are.
     """
     q3, k3 = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
     if q.dtype.itemsize > 2:
@@ -87,9 +88,12 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor | float]
     keys = k.shape[2]
     middle = slice(keys * 3 // 8, max(keys * 5 // 8, keys * 3 // 8 + 1))
     with torch.no_grad():
-        shift = torch.bmm(q3, k3[:, :, middle]).amax(dim=-1, keepdim=True) * scale
-    scores = torch.baddbmm(-shift.expand(-1, -1, keys), q3, k3, alpha=scale)
-    return scores.unflatten(0, q.shape[:2]), shift.float()[..., 0].unflatten(0, q.shape[:2])
+        near = torch.baddbmm(q3.new_zeros(1), q3, k3[:, :, middle], beta=0, alpha=scale).unflatten(0, q.shape[:2])
+        near = near if bias is None else near.add_(bias[..., middle].to(q.dtype))
+        shift = near.amax(dim=-1, keepdim=True)
+        shift = shift.masked_fill(torch.isinf(shift), 0.0)
+    scores = torch.baddbmm(-shift.flatten(0, 1).expand(-1, -1, keys), q3, k3, alpha=scale)
+    return scores.unflatten(0, q.shape[:2]), shift.float()[..., 0]
 
 
 @cache

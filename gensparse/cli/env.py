@@ -24,13 +24,17 @@ def env() -> None:
     if STATE.output == "json":
         output.print_json(facts)
     else:
+        ways = facts.pop("backends")
         output.facts({name: _words(value) for name, value in facts.items()})
+        output.print_out("\nattention backends, in the order they are tried:")
+        output.facts(ways)
 
 
 def collect() -> dict[str, Any]:
     """Everything `env` prints; no user name, no path, no token."""
     import torch
 
+    from gensparse.attention import backends
     from gensparse.engine.machine import memory_limit, versions
 
     limit = memory_limit("cpu", None)
@@ -44,7 +48,7 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "free_memory_gib": round(limit / 2**30, 1) if limit else None,
         "gpus": _gpus(),
-        "backends": _backends(),
+        "backends": {name: reason or "ready" for name, reason in backends().items()},
     }
 
 
@@ -69,21 +73,6 @@ def _gpus() -> list[dict[str, Any]]:
         memory = round(facts.total_memory / 2**30, 1)
         out.append({"name": facts.name, "memory_gib": memory, "capability": f"{facts.major}.{facts.minor}"})
     return out
-
-
-def _backends() -> dict[str, str]:
-    """Each backend's answer to a small call on this machine: "ready", or why not."""
-    import torch
-
-    from gensparse.attention import explain
-    from gensparse.layout import Layout
-    from gensparse.patterns import Disc, Text
-    from gensparse.plan import build_plan
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = build_plan(Disc(4) | Text(), Layout.image(16, 16, text=8, text_first=True))
-    answers = explain(plan, torch.zeros(1, 264, 2, 64, device=device))
-    return {name: answer or "ready" for name, answer in dict(answers).items()}
 
 
 def _words(value: Any) -> str:
