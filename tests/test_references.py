@@ -293,7 +293,7 @@ def test_half_precision_stays_close_to_the_oracle():
 
 
 def test_replaced_logits_are_two_merged_calls_and_a_third():
-    """PrimeComposer: columns of object tokens take their logits from a second pass, rows of them the transposed ones."""
+    """PrimeComposer: columns of object tokens take logits from a second pass, their rows the transposed ones."""
     layout, (q, k, v), data = picture((1, 7, 11))
     inside = torch.from_numpy(data["left"].reshape(-1))
     prior_q, _, _ = random_qkv(layout, batch=2, seed=7)
