@@ -65,6 +65,13 @@ def test_the_signature_the_page_names_is_honest():
     check_pattern(type("Signed", (diamond,), {"bind": bind})(4))
 
 
+def test_the_formula_of_the_semantics_page_is_what_a_call_computes():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "semantics.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "docs/semantics.md", "exec"), {"__name__": "page"})
+    assert "```python" in page
+
+
 def test_pictures_on_the_page_exist():
     for name in re.findall(r"\((images/[^)]+)\)", PAGE):
         assert (Path(__file__).resolve().parent.parent / "docs" / name).stat().st_size > 0
