@@ -196,7 +196,9 @@ def _choose(plan: Plan, need: Need, failed: Mapping[str, str] = MappingProxyType
     for name, backend in BACKENDS.items():
         reason = failed.get(name) or backend.why_not(need)
         if reason is None:
-            _announce(name, plan.pattern.key(), tuple(refusals))
+            # on a GPU anything but the kernels, or dense windows, is far slower than it could be
+            slow = need.device != "cpu" and name not in ("partition", "triton")
+            _announce(name, plan.pattern.key(), tuple(refusals), logging.WARNING if slow else logging.INFO)
             return name
         refusals.append(reason)
     raise BackendError(" ".join(refusals))
@@ -212,9 +214,9 @@ def _explicit(name: str, need: Need) -> Backend:
 
 
 @lru_cache(maxsize=256)
-def _announce(name: str, pattern: str, refusals: tuple[str, ...]) -> None:
+def _announce(name: str, pattern: str, refusals: tuple[str, ...], level: int) -> None:
     """Log a choice once; the cache remembers what was said."""
-    logger.info("%s runs on %s. %s", pattern, name, " ".join(refusals))
+    logger.log(level, "%s runs on %s. %s", pattern, name, " ".join(refusals))
 
 
 @lru_cache(maxsize=256)
@@ -501,7 +503,8 @@ BACKENDS: dict[str, Backend] = {
     "halo": Backend(halo.why_not, _run_halo),
     "plan_loop": Backend(plan_loop.why_not, _run_plan_loop),
     "reference": Backend(reference.why_not, _run_reference),
-    # behind plan_loop, which takes everything: these run when they are asked for
+    # ON_REQUEST: behind plan_loop, which takes everything
     "flex": Backend(flex.why_not, _run_flex),
     "xformers": Backend(xformers.why_not, _run_xformers),
 }
+ON_REQUEST = ("flex", "xformers")  # backends that run only when named

@@ -279,7 +279,7 @@ def test_the_first_backend_without_objection_is_taken_and_logged_once(caplog):
 def test_explain_names_every_backend_and_its_refusal():
     plan = build_plan(CrissCross(), Layout.image(150, 150))
     reasons = explain(plan, torch.zeros(1, 22500, 1, 8))
-    assert list(reasons) == ["partition", "triton", "halo", "plan_loop", "reference"]
+    assert list(reasons) == ["partition", "triton", "halo", "plan_loop", "reference", "flex", "xformers"]
     assert reasons["plan_loop"] is None
     assert all(reasons[name] for name in ("partition", "halo", "reference"))
     assert choose(plan, torch.zeros(1, 22500, 1, 8)) == "plan_loop"
