@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -430,6 +431,20 @@ def test_fault_23_triton_refuses_machines_it_does_not_run_on(installed, arch, de
     need = Need(torch.bfloat16, device, 128, queries=4608, keys=4608, density=0.3, arch=arch)
     reason = triton_kernels.why_not(need)
     assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(("installed", "arch"), [(None, "sm_90"), ((3, 7), "sm_75")], ids=str)
+def test_fault_23_a_gpu_without_kernels_gets_one_warning(installed, arch, monkeypatch, caplog):
+    monkeypatch.setattr(triton_kernels, "installed", lambda: installed)
+    attention._announce.cache_clear()
+    plan = build_plan(Disc(3) | Text(), PICTURE)
+    q = random_qkv(PICTURE)[0]
+    need = replace(attention._need(q, q, q, plan, None, False), device="cuda", arch=arch)
+    with caplog.at_level(logging.INFO, "gensparse"):
+        assert [attention._choose(plan, need) for _ in range(3)] == ["halo"] * 3
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "Can't run triton" in record.getMessage()
 
 
 def test_fault_23_an_explicit_backend_says_why_and_never_falls_back(monkeypatch, caplog):
