@@ -44,6 +44,7 @@ PARTITIONS: list[Pattern] = [
     Pyramid((2, 4), (1, 3)),
     Pyramid((2, 4, 8), (Disc(2), Box(2), Neighborhood(5))),
     Pyramid((3, 6), (Blocks(3), Box(1))),
+    Pyramid((1, 2, 4), (Box(1), Box(5), Box(1))),  # a cell is split only where the larger one is
     Pyramid((1, 2), (Neighborhood(3, dilation=2), 2)),
 ]
 
