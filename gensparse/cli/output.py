@@ -20,6 +20,12 @@ def print_err(text: str) -> None:
     _write(sys.stderr, text + "\n")
 
 
+def note(text: str) -> None:
+    """One line of progress on stderr, unless progress is switched off."""
+    if STATE.shows_progress:
+        print_err(text)
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object on stdout, ASCII only so that every terminal and pipe can carry it."""
     print_out(json.dumps(data, ensure_ascii=True, default=str))

@@ -8,7 +8,8 @@ num_stages, loader). "measured" says whether a GPU ran it; "derived" entries com
 import json
 import os
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gensparse.errors import ConfigError
+from gensparse.errors import ConfigError, OutputError
 
 DIMS = (16, 32, 64, 128, 256)  # padded head dimensions
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -101,9 +102,17 @@ def config_for(case: Case) -> Config:
     return _config(case, user_folder())
 
 
+def shipped_config(case: Case) -> Config:
+    """The shipped entry for a case, whatever the user's table says."""
+    return _first([_shipped_table(_known_arch(case.arch))], case)
+
+
 @lru_cache(maxsize=256)
 def _config(case: Case, folder: Path) -> Config:
-    tables = [_user_table(folder / "triton" / f"{case.arch}.json"), _shipped_table(_known_arch(case.arch))]
+    return _first([_user_table(user_table(case.arch, folder)), _shipped_table(_known_arch(case.arch))], case)
+
+
+def _first(tables: Sequence[list[dict[str, Any]]], case: Case) -> Config:
     wanted = {name: getattr(case, name) for name in _MATCHED}
     entry = next(entry for table in tables for entry in table if _matches(entry, wanted))
     config = Config(**{name: entry[name] for name in ("BM", "BN", "num_warps", "num_stages")}, loader=entry["loader"])
@@ -119,6 +128,52 @@ def user_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "gensparse"
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "gensparse"
+
+
+def user_table(arch: str, folder: Path | None = None) -> Path:
+    """The user's table of an architecture; it need not exist."""
+    return (folder or user_folder()) / "triton" / f"{arch}.json"
+
+
+def write_user_table(arch: str, entries: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Path:
+    """Put entries before those the user's table has; entries for the same thing go. The file is replaced in one step.
+
+    Args:
+        entries: as a table has them.
+        about: what to note beside them: the GPU, versions.
+
+    Returns:
+        The file, which later launches of any process read.
+
+    Raises:
+        ConfigError: an entry, or the table that is there, is not valid.
+        OutputError: the file cannot be written.
+    """
+    path = user_table(arch)
+    new = checked_table({"entries": [dict(entry) for entry in entries]}, "the new table")
+    same = {_key(entry) for entry in new}
+    kept = [entry for entry in _read_table(path) if _key(entry) not in same]
+    text = json.dumps({"arch": arch, **about, "entries": [*new, *kept]}, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; set {FOLDER} to a folder of yours") from error
+    _user_table.cache_clear()
+    _config.cache_clear()
+    return path
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    """What an entry is for."""
+    return json.dumps({name: entry.get(name) for name in _MATCHED})
 
 
 def checked_table(table: Any, where: str) -> list[dict[str, Any]]:
@@ -174,6 +229,10 @@ def _shipped_table(arch: str) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=16)
 def _user_table(path: Path) -> list[dict[str, Any]]:
+    return _read_table(path)
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
