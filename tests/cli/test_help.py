@@ -13,7 +13,22 @@ from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST_OPTIONS
 from gensparse.cli.state import hoist_globals
 
 Cli = Callable[..., tuple[int, str, str]]
-VERBS = ("generate", "upscale", "plan", "inspect", "env", "models list", "models show", "methods list", "methods show")
+VERBS = (
+    "generate",
+    "upscale",
+    "plan",
+    "inspect",
+    "env",
+    "models list",
+    "models show",
+    "methods list",
+    "methods show",
+    "bench list",
+    "bench aot",
+    "bench cpu",
+    "bench kernels",
+    "tune",
+)
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 
 
