@@ -24,7 +24,7 @@ DIMS = (16, 32, 64, 128, 256)  # padded head dimensions
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FOLDER = "GENSPARSE_CONFIG_DIR"  # environment variable: folder of the user's settings
 KERNELS = ("forward", "dq", "dkv")
-LOADERS = ("rows", "boxes")
+LOADERS = ("rows",)  # how keys are fetched; tensor descriptors are not written yet
 _MATCHED = ("kernel", "dtype", "dim", "partial", "bias")
 _SIZES = {"BM": (16, 32, 64, 128, 256), "BN": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8, 16)}
 
@@ -36,7 +36,7 @@ class Config:
     Args:
         BM, BN: query and key slots computed at once; at most those of the plan's tiles, which they divide.
         num_warps, num_stages: as Triton means them.
-        loader: "rows" (addresses computed per token) or "boxes" (tensor descriptors).
+        loader: "rows", addresses computed per token.
     """
 
     BM: int
