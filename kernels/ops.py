@@ -1,7 +1,8 @@
 """Attention by tile lists as torch custom ops: opaque to torch.compile, with shapes, gradients and no host sync.
 
 `attend` runs one of two engines on the same plan tensors: "triton", the GPU kernels (CPU tensors in Triton's
-interpreter), or "plan_loop", which runs on every device. Other backends are plain torch code and need no op.
+interpreter), or "plan_loop", which runs on every device; "auto" takes the kernels on GPUs that run them. Other backends
+are plain torch code and need no op.
 """
 
 import logging
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from gensparse.errors import BackendError
 
-from . import plan_loop
+from . import plan_loop, triton
+from .need import Need
 from .plan_loop import TileLists
+from .triton.tune import arch_of
 
 logger = logging.getLogger("gensparse")
 
-ENGINES = ("triton", "plan_loop")
+ENGINES = ("auto", "triton", "plan_loop")
 
 
 class Pieces(NamedTuple):
@@ -82,7 +85,7 @@ def attend(
     Args:
         q, k, v: [B, S, H, D], any strides; k and v may have fewer heads (a divisor of H) and extra keys at the end.
         lists: the plan's tensors, on the device of q.
-        schedule: needed by engine "triton", with the turned lists where a gradient is wanted.
+        schedule: needed by engine "triton", and by "auto" on a GPU, with the turned lists where a gradient is wanted.
         groups: integer [B|1, H|1] picking one of the G lists for every head; not needed when G = 1.
         key_bias: [B|1, H|1, Nk] added to the logits (natural units), -inf hides a key and gets no gradient.
         scale: factor of the logits, 1/sqrt(D) by default.
@@ -116,12 +119,20 @@ def _attend(
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     options = {"groups": groups, "key_bias": key_bias, "scale": scale}
-    if engine == "plan_loop":
+    if _settled(engine, q) == "plan_loop":
         out, lse = plan_loop.attend(q, k, v, TileLists(*lists), **options)
         return out.contiguous(), lse.contiguous()
     from .triton.forward import forward
 
     return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots), **options)
+
+
+def _settled(engine: str, q: Tensor) -> str:
+    """The engine that "auto" stands for."""
+    if engine != "auto":
+        return engine
+    need = Need(q.dtype, q.device.type, q.shape[-1], queries=0, keys=0, density=1.0, arch=arch_of(q.device))
+    return "triton" if q.device.type != "cpu" and triton.why_not(need) is None else "plan_loop"
 
 
 @_attend.register_fake
@@ -164,7 +175,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = {"groups": groups, "key_bias": key_bias, "scale": scale}
     given = (d_out, d_lse, q, k, v, out, lse, TileLists(*lists))
-    if engine == "plan_loop":
+    if _settled(engine, q) == "plan_loop":
         grads = plan_loop.backward(*given, **options)
     else:
         grads = _triton_gradients(given, pieces, turned, (slots, turned_slots), **options)

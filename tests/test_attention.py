@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from attention_checks import BACKENDS, menu, oracle, poisoned_memory, random_qkv, run, usable
 from pattern_cases import COMPOSED, GEOMETRIC, GRIDS, layouts
 
-from gensparse import attention
-from gensparse.attention import choose, explain, sparse_attention
+from gensparse.attention import choose, dispatch, explain, sparse_attention
 from gensparse.errors import BackendError, ConfigError, LayoutMismatchError, PlanTooLargeError
 from gensparse.kernels import blocks, dense, plan_loop
 from gensparse.kernels.pool import pool_keys
@@ -263,7 +262,7 @@ def test_a_window_over_the_whole_grid_equals_dense_attention():
 
 
 def test_the_first_backend_without_objection_is_taken_and_logged_once(caplog):
-    attention._announce.cache_clear()
+    dispatch.announce.cache_clear()
     q, k, v = random_qkv(PICTURE)
     picks = {Disc(3) | Text(): "halo", MSW(1) | Text(): "partition"}
     with caplog.at_level(logging.INFO, logger="gensparse"):

@@ -16,7 +16,7 @@ import torch
 from attention_checks import menu, oracle, random_qkv, run, usable
 
 from gensparse import attention, backends
-from gensparse.attention import sparse_attention
+from gensparse.attention import dispatch, sparse_attention
 from gensparse.errors import BackendError, ConfigError, LayoutMismatchError
 from gensparse.kernels import triton as triton_kernels
 from gensparse.kernels.need import Need
@@ -436,12 +436,12 @@ def test_fault_23_triton_refuses_machines_it_does_not_run_on(installed, arch, de
 @pytest.mark.parametrize(("installed", "arch"), [(None, "sm_90"), ((3, 7), "sm_75")], ids=str)
 def test_fault_23_a_gpu_without_kernels_gets_one_warning(installed, arch, monkeypatch, caplog):
     monkeypatch.setattr(triton_kernels, "installed", lambda: installed)
-    attention._announce.cache_clear()
+    dispatch.announce.cache_clear()
     plan = build_plan(Disc(3) | Text(), PICTURE)
     q = random_qkv(PICTURE)[0]
-    need = replace(attention._need(q, q, q, plan, None, False), device="cuda", arch=arch)
+    need = replace(dispatch.need_of(q, q, q, plan, None, False), device="cuda", arch=arch)
     with caplog.at_level(logging.INFO, "gensparse"):
-        assert [attention._choose(plan, need) for _ in range(3)] == ["halo"] * 3
+        assert [dispatch.choose_backend(plan, need) for _ in range(3)] == ["halo"] * 3
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "Can't run triton" in record.getMessage()

@@ -4,7 +4,7 @@ import torch
 from attention_checks import menu, oracle, poisoned_memory, random_qkv
 from torch import Tensor
 
-from gensparse.attention import _with_sources
+from gensparse.attention.sources import with_sources
 from gensparse.kernels import ops
 from gensparse.kernels.ops import Schedule
 from gensparse.layout import Layout
@@ -48,7 +48,7 @@ def check_forward(
     """out and lse against dense attention in fp64."""
     plan = build_plan(pattern, layout, q_tile=tiles[0], k_tile=tiles[1])
     q, k, v = random_qkv(layout, batch=batch, heads=heads, dim=dim, dtype=dtype)
-    k, v, settings["key_bias"] = _with_sources(k, v, plan, settings.get("key_bias"), None)
+    k, v, settings["key_bias"] = with_sources(k, v, plan, settings.get("key_bias"), None)
     compare(q, k, v, plan, most=most, groups=menu(plan, batch, heads), **settings)
 
 

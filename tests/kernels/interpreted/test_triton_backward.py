@@ -5,7 +5,7 @@ import torch
 from attention_checks import menu, oracle, poisoned_memory, random_qkv
 from triton_checks import schedule_of
 
-from gensparse.attention import _with_sources
+from gensparse.attention.sources import with_sources
 from gensparse.kernels import ops
 from gensparse.kernels.triton import launch, tune
 from gensparse.layout import Layout
@@ -21,7 +21,7 @@ def check_backward(pattern, layout, *, dim=8, dtype=torch.float32, batch=1, head
     pattern = pattern.clamped(layout.grid)
     plan = build_plan(pattern, layout, q_tile=tiles[0], k_tile=tiles[1])
     q, k, v = random_qkv(layout, batch=batch, heads=heads, dim=dim, dtype=dtype)
-    k, v, bias = _with_sources(k, v, plan, bias, None)
+    k, v, bias = with_sources(k, v, plan, bias, None)
     compare(q, k, v, bias, plan, groups=menu(plan, batch, heads), **more)
 
 

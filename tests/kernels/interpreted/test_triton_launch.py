@@ -8,8 +8,7 @@ import triton
 from attention_checks import oracle, random_qkv
 from triton_checks import run_triton
 
-from gensparse import attention
-from gensparse.attention import sparse_attention
+from gensparse.attention import dispatch, sparse_attention
 from gensparse.errors import BackendError
 from gensparse.kernels.triton import backward, forward, launch
 from gensparse.layout import Layout
@@ -43,7 +42,7 @@ class Failing:
 def fresh_state(monkeypatch):
     monkeypatch.setattr(launch, "_smaller", type(launch._smaller)())
     monkeypatch.setattr(launch, "_given_up", type(launch._given_up)())
-    attention._announce_failure.cache_clear()
+    dispatch.announce_failure.cache_clear()
 
 
 def failing(monkeypatch, error, times, module=forward, name="forward_kernel"):
