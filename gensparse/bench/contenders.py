@@ -152,7 +152,13 @@ def flex_attention(block: int, *, tiles: bool) -> Contender:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention as function
 
-    return torch.compile(function, dynamic=False)
+    # beyond torch's limit of compiled variants a plain call falls back to computing all pairs; a full graph fails
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def forget_compiled() -> None:
+    """Drop compiled variants before the next case, so that the limit on them is never met."""
+    torch._dynamo.reset()
 
 
 def natten() -> Contender:

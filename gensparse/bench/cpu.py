@@ -22,6 +22,7 @@ from gensparse.bench.contenders import (
     check_small,
     dense,
     flex_attention,
+    forget_compiled,
     inputs,
     natten,
     ours,
@@ -121,6 +122,7 @@ def _set_threads(count: int) -> None:
 def _run_dtype(bench: CpuBench, name: str, threads: int, peak: float, say: Say) -> Iterator[Row]:
     dense_times: dict[tuple[int, int, int], Timing] = {}
     for case in bench.cases():
+        forget_compiled()
         common = {"suite": "cpu", "case": case.name, "dtype": name, "threads": threads, **_shape(case)}
         tensors = inputs(case.layout, case.heads, case.dim, DTYPES[name], "cpu")
         key = (case.layout.tokens, case.heads, case.dim)

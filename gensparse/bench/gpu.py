@@ -19,6 +19,7 @@ from gensparse.bench.contenders import (
     check_small,
     dense,
     flex_attention,
+    forget_compiled,
     inputs,
     natten,
     ours,
@@ -109,6 +110,7 @@ def _run_case(bench: KernelBench, case: BenchCase, clock: Clock, say: Say) -> It
     if not any(bench.wants(stage) for stage in ("dense", "ours", "flex")):
         return
     sets = [inputs(case.layout, case.heads, case.dim, dtype, bench.device, seed) for seed in range(2)]
+    forget_compiled()
     dense_seconds, checked = None, None
     for stage, contender in _timed(bench):
         if clock.spent():
