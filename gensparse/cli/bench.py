@@ -53,7 +53,7 @@ def aot(
         typer.Option("--arch", help="sm_80, sm_89, sm_90, sm_100, sm_120 or gfx942; repeat (all)."),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All dtypes and padded head dimensions; about 4 s a build (off).")
+        bool, typer.Option("--full", help="All dtypes and padded head dimensions; takes a quarter of an hour (off).")
     ] = False,
     out: _OUT = None,
 ) -> None:
@@ -85,7 +85,7 @@ def aot(
     results = []
     for number, build in enumerate(builds, 1):
         results.append(gate(build))
-        output.note(f"{number}/{len(builds)} {build.name}: {'; '.join(results[-1].problems) or 'pass'}")
+        output.note(f"{number}/{len(builds)} {build.name}: {results[-1].verdict}")
     rows = [{**result.row(), "triton": version} for result in results]
     if out is not None:
         path = out / "aot.csv"

@@ -51,7 +51,8 @@ class Config:
 
     def smaller(self) -> "Config":
         """A config that needs about a quarter of the registers and shared memory; itself when there is none."""
-        return Config(max(16, self.BM // 2), max(32, self.BN // 2), min(self.num_warps, 4), 1, "rows")
+        rows, columns = max(16, self.BM // 2), min(self.BN, max(32, self.BN // 2))
+        return Config(rows, columns, min(self.num_warps, 4), 1, "rows")
 
 
 @dataclass(frozen=True)

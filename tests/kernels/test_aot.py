@@ -83,6 +83,18 @@ def test_planted_configs_are_refused(build, problem):
     assert any(problem in found for found in gate(build).problems)
 
 
+def test_known_cells_fail_and_are_named_so():
+    """Once a config passes, the cell leaves the list."""
+    for kernel, dtype, dim in aot.KNOWN:
+        result = gate(shipped(kernel, "sm_90", dtype, dim, True))
+        assert result.problems
+        assert result.passes
+        assert result.verdict.startswith("known: ")
+    other = aot.Result(shipped("dkv", "sm_90", "float32", 256, True), Reading(stack=100), ("100 bytes of stack",))
+    assert not other.passes
+    assert other.verdict == "100 bytes of stack"
+
+
 def test_each_limit_has_its_sentence():
     build = Build("forward", "sm_90", "bfloat16", 128, Config(128, 64, 8, 3))
     good = Reading(registers=200, shared=1 << 16, tensor=12)

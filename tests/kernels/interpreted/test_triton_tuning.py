@@ -10,7 +10,7 @@ from gensparse.kernels.triton import launch
 from gensparse.kernels.triton.tune import Config
 from gensparse.layout import Layout
 
-CONFIGS = [Config(32, 32, 4, 1), Config(64, 64, 4, 2)]
+CONFIGS = [Config(16, 16, 8, 1), Config(64, 64, 4, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_every_kernel_is_checked_and_timed_with_its_config(kernel, monkeypatch):
         module = __import__(f"gensparse.kernels.triton.{name}", fromlist=["launch"])
         monkeypatch.setattr(module, "launch", spy)
     found = rows(kernel)
-    assert [(row["BM"], row["seconds"]) for row in found] == [(32, 1.0), (64, 1.0)]
+    assert [(row["BM"], row["seconds"]) for row in found] == [(16, 1.0), (64, 1.0)]
     assert all(row["error"] < 1e-5 for row in found)
-    assert {(bm, bn) for name, bm, bn in used if name == kernel} == {(32, 32), (64, 64)}
+    assert {(bm, bn) for name, bm, bn in used if name == kernel} == {(16, 16), (64, 64)}
 
 
 def test_wrong_and_failing_configs_are_not_timed(monkeypatch):
