@@ -208,7 +208,7 @@ _SHORT = {
 }
 _FULL = {
     **{("bfloat16", dim): (True, False) for dim in (64, 128, 256)},
-    **{("bfloat16", dim): (True,) for dim in (16, 40, 80, 160)},
+    **{("bfloat16", dim): (True,) for dim in (16, 32, 40, 80, 160)},
     **{("float16", dim): (True,) for dim in (64, 128)},
     **{("float32", dim): (True,) for dim in (64, 128, 256)},
 }
