@@ -72,6 +72,7 @@ def machine(device: str) -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+@functools.cache
 def commit() -> str:
     """Short hash of the checkout this package lies in, with + for changed files; "" outside one."""
     folder = Path(__file__).resolve().parent

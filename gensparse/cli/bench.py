@@ -71,7 +71,7 @@ def aot(
       gensparse bench aot --arch gfx942 --json
     """
     from gensparse.bench.aot import ARCHS, gate, shipped_builds, summary, triton_version
-    from gensparse.bench.record import append
+    from gensparse.bench.record import append, commit
     from gensparse.cli import output
     from gensparse.cli.state import STATE
     from gensparse.errors import ConfigError, unknown_name
@@ -82,15 +82,15 @@ def aot(
             raise ConfigError(unknown_name("architecture", name, ARCHS))
     version = triton_version()
     builds = shipped_builds(archs, full=full)
-    results = []
+    if out is not None:
+        (out / "aot.csv").unlink(missing_ok=True)
+    results, rows = [], []
     for number, build in enumerate(builds, 1):
         results.append(gate(build))
+        rows.append({**results[-1].row(), "triton": version, "commit": commit()})
+        if out is not None:
+            append(out / "aot.csv", rows[-1:], tuple(rows[-1]))
         output.note(f"{number}/{len(builds)} {build.name}: {results[-1].verdict}")
-    rows = [{**result.row(), "triton": version} for result in results]
-    if out is not None:
-        path = out / "aot.csv"
-        path.unlink(missing_ok=True)
-        append(path, rows, tuple(rows[0]))
     counts = summary(results)
     if STATE.output == "json":
         output.print_json({"status": "failed" if counts["failed"] else "ok", "triton": version, **counts, "rows": rows})
