@@ -197,3 +197,25 @@ def test_tune_lists_what_it_would_try(cli: Cli) -> None:
     assert cli("tune", "--kernel", "backward").code == 2
     assert cli("tune", "--dtype", "fp8").code == 2
     assert cli("tune", "--seconds", "0").code == 2
+
+
+def test_the_gate_writes_its_table_and_fails_when_a_build_does(
+    cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from gensparse.bench import aot
+
+    good = aot.Build("merge", "sm_90", "bfloat16", 64, aot.HELPER)
+    bad = aot.Build("sum", "sm_90", "bfloat16", 64, aot.Config(16, 32, 3, 1))
+    monkeypatch.setattr(aot, "shipped_builds", lambda archs, full: [good])
+    ran = cli("bench", "aot", "--arch", "sm_90", "--out", "tables", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["passed"] == 1
+    monkeypatch.setattr(aot, "shipped_builds", lambda archs, full: [good, bad])
+    ran = cli("bench", "aot", "--out", "tables")
+    assert ran.code == 1
+    assert "1 of 2 builds pass" in ran.err
+    rows = list(csv.DictReader((workdir / "tables" / "aot.csv").open()))
+    assert [row["verdict"][:16] for row in rows] == ["pass", "does not compile"]
+    assert int(rows[0]["registers"]) > 8
+    assert all(row["triton"] and row["arch"] == "sm_90" for row in rows)
