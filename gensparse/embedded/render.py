@@ -76,16 +76,30 @@ def _draw(out: Array, subject: Subject, extent: tuple[float, float], ys: Array, 
     left, right = np.searchsorted(xs, (cx - reach, cx + reach))
     if top == bottom or left == right:
         return
-    angle = np.deg2rad(subject.rotation)
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    dy, dx = ys[top:bottom, None] - np.float32(cy), xs[None, left:right] - np.float32(cx)
-    v, u = cos * dy - sin * dx, sin * dy + cos * dx
-    scale = np.float32(subject.radius)
-    cover = _coverage(_DISTANCE[subject.shape](v / scale, u / scale) * scale, pixel)[..., None]
+    v, u = _own_axes(subject, extent, ys[top:bottom, None], xs[None, left:right])
+    cover = _coverage(_edge_distance(subject, v, u), pixel)[..., None]
     base, second = shades(subject.colour, 0.6)
     colour = _mix(base, second, _texture(subject.fill, v, u, FILL_PERIOD, pixel), v.shape)
     area = out[top:bottom, left:right]
     area += cover * (colour - area)
+
+
+def signed_distance(subject: Subject, extent: tuple[float, float], y: Array, x: Array) -> Array:
+    """Distance, in scene units, from the points (y, x) (scene units, broadcast) to the subject's edge; < 0 inside."""
+    return _edge_distance(subject, *_own_axes(subject, extent, y, x))
+
+
+def _own_axes(subject: Subject, extent: tuple[float, float], y: Array, x: Array) -> tuple[Array, Array]:
+    """The points relative to the subject's centre, turned against its rotation."""
+    angle = np.deg2rad(subject.rotation)
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    dy, dx = y - np.float32(subject.y * extent[0]), x - np.float32(subject.x * extent[1])
+    return cos * dy - sin * dx, sin * dy + cos * dx
+
+
+def _edge_distance(subject: Subject, v: Array, u: Array) -> Array:
+    scale = np.float32(subject.radius)
+    return _DISTANCE[subject.shape](v / scale, u / scale) * scale
 
 
 def _coverage(distance: Array, pixel: np.float32) -> Array:
