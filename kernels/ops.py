@@ -43,6 +43,32 @@ class Pieces(NamedTuple):
         return Pieces(self.pieces.to(device), self.joins.to(device), self.slots)
 
 
+class Boxes(NamedTuple):
+    """The lists of a plan for kernels that load key tiles of one grid as boxes; all tensors int32.
+
+    Inside the full tiles of a list, and inside the partial ones, boxes come first.
+
+    Args:
+        corners: [n_kt, 3] first (f, y, x) of every key tile on the grid, 0 for tiles elsewhere.
+        key_tile, mask_id: [nnz] as in `TileLists`, in this order.
+        pieces: [G, n, 7] `Pieces.pieces` with more bounds: tile, first entry, first full tile that is no box, first
+            partial box, first partial tile that is no box, end, slot.
+        start, grid: first token of the grid, and its (F, H, W).
+        shape: (f, h, w) of a whole tile, powers of two whose product is the slots of a tile.
+    """
+
+    corners: Tensor
+    key_tile: Tensor
+    mask_id: Tensor
+    pieces: Tensor
+    start: int
+    grid: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+    def to(self, device: torch.device) -> "Boxes":
+        return Boxes(*(x.to(device) for x in self[:4]), *self[4:])
+
+
 class Turned(NamedTuple):
     """The lists of a plan seen from the key tiles; all int32.
 
@@ -61,11 +87,13 @@ class Turned(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What the GPU kernels need beside the tile lists; `turned` and its pieces only for gradients."""
+    """What the GPU kernels need beside the tile lists; `turned` and its pieces only for gradients, `boxes` for loads by
+    descriptor."""
 
     pieces: Pieces
     turned: Turned | None = None
     turned_pieces: Pieces | None = None
+    boxes: Boxes | None = None
 
 
 def attend(
@@ -100,7 +128,8 @@ def attend(
     """
     pieces, turned, slots = _flat(schedule)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attend(q, k, v, key_bias, groups, list(lists), pieces, turned, *slots, factor, engine)
+    boxes, sizes = _flat_boxes(schedule)
+    return _attend(q, k, v, key_bias, groups, list(lists), pieces, turned, *slots, factor, engine, boxes, sizes)
 
 
 @torch.library.custom_op("gensparse::attend", mutates_args=())
@@ -117,6 +146,8 @@ def _attend(
     turned_slots: int,
     scale: float,
     engine: str,
+    boxes: Sequence[Tensor],
+    box_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     options = {"groups": groups, "key_bias": key_bias, "scale": scale}
     if _settled(engine, q) == "plan_loop":
@@ -124,7 +155,8 @@ def _attend(
         return out.contiguous(), lse.contiguous()
     from .triton.forward import forward
 
-    return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots), **options)
+    given = Boxes(*boxes, box_sizes[0], tuple(box_sizes[1:4]), tuple(box_sizes[4:])) if boxes else None
+    return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots), boxes=given, **options)
 
 
 def _settled(engine: str, q: Tensor) -> str:
@@ -149,6 +181,8 @@ def _(
     turned_slots: int,
     scale: float,
     engine: str,
+    boxes: Sequence[Tensor],
+    box_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
@@ -223,9 +257,10 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, key_bias, groups, lists, pieces, turned, slots, turned_slots, scale, engine = inputs
+    q, k, v, key_bias, groups, lists, pieces, turned, slots, turned_slots, scale, engine, boxes, _ = inputs
     ctx.save_for_backward(q, k, v, key_bias, groups, *output, *lists, *pieces, *turned)
     ctx.counts = (len(lists), len(pieces), len(turned))
+    ctx.boxes = len(boxes)  # gradients go by rows
     ctx.numbers = (slots, turned_slots, scale, engine)
     ctx.set_materialize_grads(True)
 
@@ -237,7 +272,8 @@ def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
     given = (d_out, d_lse, q, k, v, key_bias, groups, out, lse)
     dq, dk, dv, d_bias = _backward(*given, lists, pieces, turned, *ctx.numbers)
     empty = ([None] * count for count in ctx.counts)
-    return dq, dk, dv, None if key_bias is None else d_bias, None, *empty, None, None, None, None
+    unused = (None, None, None, None, [None] * ctx.boxes, None)
+    return dq, dk, dv, None if key_bias is None else d_bias, None, *empty, *unused
 
 
 _attend.register_autograd(_gradients, setup_context=_save)
@@ -252,3 +288,11 @@ def _flat(schedule: Schedule | None) -> tuple[list[Tensor], list[Tensor], tuple[
         return pieces, [], (schedule.pieces.slots, 0)
     turned = [*schedule.turned, *schedule.turned_pieces[:2]]
     return pieces, turned, (schedule.pieces.slots, schedule.turned_pieces.slots)
+
+
+def _flat_boxes(schedule: Schedule | None) -> tuple[list[Tensor], list[int]]:
+    """The tensors of the boxes of a schedule, and seven numbers: an empty list would be taken for one of tensors."""
+    if schedule is None or schedule.boxes is None:
+        return [], [0] * 7
+    boxes = schedule.boxes
+    return list(boxes[:4]), [boxes.start, *boxes.grid, *boxes.shape]

@@ -49,7 +49,7 @@ FORBIDDEN_AT_IMPORT = {
 # Modules that exist to hold Triton kernels; whoever needs them imports them where they run.
 TRITON_MODULES = {
     ROOT / "kernels" / "triton" / f"{name}.py"
-    for name in ("loaders", "inputs", "launch", "forward", "backward", "merge")
+    for name in ("loaders", "inputs", "launch", "visit", "forward", "boxes", "backward", "merge")
 }
 
 

@@ -134,7 +134,8 @@ def _run_op(call: Call, engine: str) -> Result:
     tensors = [x for x in (call.q, call.k, call.v, call.key_bias) if x is not None]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if engine == "triton" or call.q.device.type != "cpu":
-        schedule = ops.Schedule(plan.pieces, *((plan.turned, plan.turned_pieces) if grad else ()))
+        turned = (plan.turned, plan.turned_pieces) if grad else (None, None)
+        schedule = ops.Schedule(plan.pieces, *turned, plan.boxes)
     options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
     return ops.attend(call.q, call.k, call.v, plan.lists, schedule, engine=engine, **options)
 

@@ -256,9 +256,14 @@ def _triton() -> ModuleType:
     return triton
 
 
-def _kernel(name: str) -> Any:
-    from gensparse.kernels.triton import backward, forward, merge
+def _kernel(build: Build) -> Any:
+    from gensparse.kernels.triton import backward, boxes, forward, merge
 
+    name = build.kernel
+    if build.config.loader == "boxes":
+        if name != "forward":
+            raise BackendError(f"the {name} kernel loads no boxes")
+        return boxes.forward_boxes_kernel
     owners = {"forward": forward, "merge": merge, "sum": merge}
     return getattr(owners.get(name, backward), f"{name}_kernel")
 
@@ -269,7 +274,7 @@ def _source(build: Build) -> tuple[Any, dict[str, str], dict[str, Any], dict[tup
     A launch turns integers equal to 1 into constants and notes pointers and integers that 16 divides: without those
     facts loads are not vectorised.
     """
-    kernel = _kernel(build.kernel)
+    kernel = _kernel(build)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list] = {}
@@ -283,6 +288,8 @@ def _source(build: Build) -> tuple[Any, dict[str, str], dict[str, Any], dict[tup
         elif name.startswith("p_"):
             signature[name] = _pointer(name, build)
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name.startswith("d_"):
+            signature[name] = f"tensordesc<{_TRITON_TYPES[build.dtype]}[{','.join(map(str, _box(build)))}]>"
         elif name in ("factor", "scale"):
             signature[name] = "fp32"
         else:
@@ -317,9 +324,26 @@ def _constants(build: Build) -> dict[str, Any]:
     }
 
 
+def _box(build: Build) -> tuple[int, ...]:
+    """Box of a descriptor: one key tile of a picture, as square as its slots allow, with the vectors of one head."""
+    height = 1 << (build.tiles[1].bit_length() // 2)
+    return 1, 1, height, build.tiles[1] // height, build.dim
+
+
 _OWN_TYPE = ("p_q", "p_k", "p_v", "p_out", "p_do", "p_dq", "p_dk", "p_dv", "p_x")
 _FLOATS = ("p_bias", "p_lse", "p_dlse", "p_delta", "p_total", "p_dbias", "p_parts")
-_PLAN = ("p_q_rows", "p_k_rows", "p_rows", "p_key_tile", "p_query_tile", "p_mask_id", "p_atlas", "p_pieces", "p_joins")
+_PLAN = (
+    "p_q_rows",
+    "p_k_rows",
+    "p_corners",
+    "p_rows",
+    "p_key_tile",
+    "p_query_tile",
+    "p_mask_id",
+    "p_atlas",
+    "p_pieces",
+    "p_joins",
+)
 
 
 def _pointer(name: str, build: Build) -> str:
@@ -336,6 +360,8 @@ def _pointer(name: str, build: Build) -> str:
 
 def _stride(name: str, build: Build) -> int | None:
     """Value of a stride of contiguous [B, S, H, D] tensors; None for other integers, about which nothing is assumed."""
+    if name.startswith("box_"):  # batch on the first axis, heads on the last
+        return {"b": 1, "h": 0, "d": build.dim}[name[-1]]
     if not name.startswith("stride_"):
         return None
     special = {"stride_bias_b": 0, "stride_bias_h": 0, "stride_bias": 1, "stride_gb": 0, "stride_gh": 0}

@@ -14,10 +14,12 @@ from gensparse.bench.contenders import LIMITS, inputs, relative_error
 from gensparse.bench.measure import gpu_seconds, poisoned_memory
 from gensparse.errors import BackendError, ConfigError
 from gensparse.kernels import ops, reference
+from gensparse.kernels.triton import tune as tables
 from gensparse.kernels.triton.tune import KERNELS, Case, Config, arch_of, padded_dim, write_user_table
 from gensparse.layout import Layout
 from gensparse.patterns import Disc, Text
 from gensparse.plan import Plan, build_plan
+from gensparse.plan.build import K_TILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL, LARGE = Layout.image(27, 21, text=21), Layout.image(128, 128, text=512)
@@ -80,7 +82,14 @@ def candidates(dtype: str, kernel: str, dim: int) -> list[Config]:
                 held = size * dim * (rows + 2 * columns * max(1, stages - 1))
                 if held <= 227 << 10:
                     found.append(Config(rows, columns, warps, stages))
+                    if stages == 3 and _boxes_too(dtype, kernel, dim, columns):
+                        found.append(Config(rows, columns, warps, stages, "boxes"))
     return found
+
+
+def _boxes_too(dtype: str, kernel: str, dim: int, columns: int) -> bool:
+    """Whether the kernel may also load whole key tiles by descriptor; the GPU decides the rest."""
+    return kernel in tables.LOADERS["boxes"] and dtype != "fp32" and dim in tables.BOX_DIMS and columns == K_TILE
 
 
 def run_tune(tune: Tune, say: Say = print) -> Iterator[Row]:
@@ -113,6 +122,10 @@ def tune_cell(
         if time.monotonic() >= end:
             return
         row = {"kernel": kernel, "dtype": dtype, "dim": dim, **asdict(config)}
+        reason = large.why_no_boxes(config) or small.why_no_boxes(config)
+        if reason is not None:
+            yield row | {"note": reason}
+            continue
         try:
             with forced(kernel, config):
                 error = small.error()
@@ -190,7 +203,7 @@ class _Call:
     def __init__(self, size: str, dtype: str, kernel: str, dim: int, device: str) -> None:
         layout = SMALL if size == "small" else LARGE
         self.layout, self.pattern, self.kernel = layout, PATTERN[size], kernel
-        self.plan: Plan = build_plan(self.pattern, layout).to(device)
+        self.plan: Plan = build_plan(self.pattern, layout).to(device).with_boxes()
         heads = HEADS[size]
         self.tensors = inputs(layout, heads, dim, DTYPES[dtype], device)
         self.d_out = inputs(layout, heads, dim, DTYPES[dtype], device, seed=1)[0]
@@ -199,7 +212,16 @@ class _Call:
     def forward(self) -> tuple[Tensor, Tensor]:
         from gensparse.kernels.triton.forward import forward
 
-        return forward(*self.tensors, self.plan.lists, self.plan.pieces)
+        return forward(*self.tensors, self.plan.lists, self.plan.pieces, boxes=self.plan.boxes)
+
+    def why_no_boxes(self, config: Config) -> str | None:
+        """Why a config that asks for boxes would run by rows, or None."""
+        from gensparse.kernels.triton.boxes import why_not
+
+        if config.loader != "boxes":
+            return None
+        _, k, v = self.tensors
+        return self.plan.boxes_refused or why_not(k, v, self.plan.boxes, config, arch_of(k.device))
 
     def run(self) -> tuple[Tensor, ...]:
         """The result that the kernel makes: out, dq, or dk and dv."""
@@ -230,14 +252,14 @@ class _Call:
         return max(error if error == error else float("inf") for error in errors)
 
 
-HEADER = ("kernel", "dtype", "head dim", "BM", "BN", "warps", "stages", "ms", "error", "note")
+HEADER = ("kernel", "dtype", "head dim", "BM", "BN", "warps", "stages", "loader", "ms", "error", "note")
 
 
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """What a person reads of the rows."""
     return [
         (
-            *(str(row[name]) for name in ("kernel", "dtype", "dim", "BM", "BN", "num_warps", "num_stages")),
+            *(str(row[name]) for name in ("kernel", "dtype", "dim", "BM", "BN", "num_warps", "num_stages", "loader")),
             f"{row['seconds'] * 1e3:.3f}" if row.get("seconds") else "",
             f"{row['error']:.1e}" if row.get("error") is not None else "",
             row.get("note", ""),

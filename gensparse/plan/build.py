@@ -5,6 +5,7 @@ use.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -16,8 +17,9 @@ import torch
 
 from gensparse.errors import ConfigError
 from gensparse.kernels.blocks import Work
-from gensparse.kernels.ops import Pieces, Turned
+from gensparse.kernels.ops import Boxes, Pieces, Turned
 from gensparse.kernels.plan_loop import TileLists
+from gensparse.kernels.triton.tune import arch_of, uses
 from gensparse.layout import Grid, Ints, Layout
 from gensparse.patterns.base import RUNS, Data, Pattern, Rule, Source
 from gensparse.patterns.linear import linear
@@ -25,9 +27,11 @@ from gensparse.patterns.routed import RoutedPattern
 from gensparse.plan.lists import GroupLists, TilePairs, list_tiles
 from gensparse.plan.lowering import NotLoweredError, lower_halo, lower_partition
 from gensparse.plan.routed import ClusterPlan, RoutedPlan, build_routed
-from gensparse.plan.schedule import cut_pieces, turn
+from gensparse.plan.schedule import box_lists, cut_pieces, turn, why_no_boxes
 from gensparse.plan.search import tile_shapes
-from gensparse.plan.tiles import cut_segments
+from gensparse.plan.tiles import SegmentTiles, cut_segments
+
+logger = logging.getLogger("gensparse")
 
 CACHED_PLANS = 32
 Q_TILE, K_TILE = 128, 64
@@ -47,6 +51,9 @@ class Plan:
         useful: allowed token pairs of every group.
         rule: the pattern bound to the layout.
         data: the arrays the pattern names.
+        key_tiles: tiles of every segment of keys, in order.
+        boxes: for GPU kernels that load key tiles by descriptor; None on the CPU, where the tables of the GPU ask for
+            none, and where `boxes_refused` says why there are none.
         origin: the plan on the CPU that this one is a copy of, None there.
     """
 
@@ -59,6 +66,8 @@ class Plan:
     useful: tuple[int, ...]
     rule: Rule = field(repr=False)
     data: Data = field(default_factory=dict, repr=False)
+    key_tiles: tuple[SegmentTiles, ...] = field(default=(), repr=False)
+    boxes: Boxes | None = field(default=None, repr=False)
     origin: "Plan | None" = field(default=None, repr=False)
 
     @property
@@ -115,6 +124,21 @@ class Plan:
         if self.origin is not None:
             return self.origin.turned_pieces.to(self.device)
         return cut_pieces(self.turned.col_ptr, self.turned.mask_id)
+
+    @property
+    def boxes_refused(self) -> str | None:
+        """Why key tiles of the target cannot be loaded as boxes, or None."""
+        interleaved = self.layout.places() is not None
+        tiles = self.key_tiles[self.layout.target]
+        return why_no_boxes(tiles, self.lists.k_rows.shape[1], interleaved=interleaved)
+
+    def with_boxes(self) -> "Plan":
+        """The plan with `boxes`, itself where there are none."""
+        if self.boxes is not None or self.boxes_refused is not None:
+            return self
+        source = self.origin or self
+        boxes = box_lists(source.lists, source.pieces, source.key_tiles, self.layout.target).to(self.device)
+        return replace(self, boxes=boxes)
 
     @property
     def device(self) -> torch.device:
@@ -276,13 +300,18 @@ def _cached(request: _Request) -> Plan:
     longest = np.max([group.counts for group in groups], axis=0)
     order = torch.from_numpy(np.argsort(-longest, kind="stable").astype(np.int32))
     useful = tuple(group.useful for group in groups)
-    return Plan(request.pattern, request.layout, lists, order, q_shape, k_shape, useful, rule, request.data)
+    settings = (request.pattern, request.layout, lists, order, q_shape, k_shape, useful, rule, request.data)
+    return Plan(*settings, key_tiles=pairs.keys)
 
 
 @lru_cache(maxsize=CACHED_PLANS)
 def _moved(plan: Plan, device: torch.device) -> Plan:
     lists = TileLists(*(x.to(device) for x in plan.lists))
-    moved = replace(plan, lists=lists, order=plan.order.to(device), origin=plan.origin or plan)
+    moved = replace(plan, lists=lists, order=plan.order.to(device), origin=plan.origin or plan, boxes=None)
+    if device.type == "cuda" and uses(arch_of(device), "boxes"):
+        if moved.boxes_refused:
+            logger.info("%s has key tiles that are loaded by rows; %s", plan.pattern.key(), moved.boxes_refused)
+        moved = moved.with_boxes()
     if device.type == "cuda":  # made here, because compiled and captured calls cannot make them
         _ = moved.pieces, moved.turned, moved.turned_pieces
     return moved

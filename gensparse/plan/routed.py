@@ -59,6 +59,7 @@ class _RunTimePlan:
     layout: Layout
     groups = 1
     sources = ()
+    boxes = None  # keys of chosen units lie anywhere
     refused: Mapping[str, str] = _REFUSED
 
     @cached_property

@@ -1,11 +1,15 @@
 """How the GPU kernels divide the work of a plan: lists cut into pieces, and the same lists seen from the key tiles."""
 
+from collections.abc import Sequence
+from math import prod
+
 import numpy as np
 import torch
 
-from gensparse.kernels.ops import Pieces, Turned
+from gensparse.kernels.ops import Boxes, Pieces, Turned
 from gensparse.kernels.plan_loop import TileLists
 from gensparse.layout import Ints
+from gensparse.plan.tiles import SegmentTiles
 
 LONG = 4  # a list this many times longer than the mean is cut into pieces of at most that length
 SHORT = 16  # entries below which a cut costs more than it spreads
@@ -46,6 +50,51 @@ def turn(lists: TileLists) -> Turned:
         col_ptr[group] = pointer[0] + np.concatenate([[0], np.cumsum(np.bincount(key_tile[own], minlength=n_kt))])
     ends, tiles, masks = (_int32(x).to(lists.row_ptr.device) for x in (col_ptr, query_tile, mask_id[order]))
     return Turned(ends, tiles, masks)
+
+
+def why_no_boxes(tiles: SegmentTiles, slots: int, *, interleaved: bool) -> str | None:
+    """Why key tiles cannot be loaded as boxes by a tensor descriptor, or None.
+
+    Args:
+        tiles: key tiles of the target.
+        slots: of a key tile.
+        interleaved: whether the sequence has the order of `Layout.ulysses`.
+    """
+    steps = tuple(axis.step for axis in tiles.axes)
+    if interleaved:
+        return "the sequence is interleaved, so neighbours on the grid are no neighbours in memory."
+    if steps != (1, 1, 1):
+        return f"key tiles take every step-th token with steps {steps} and boxes hold all."
+    if prod(tiles.shape) != slots or any(size & (size - 1) for size in tiles.shape):
+        return f"key tiles are {tiles.shape} and boxes need powers of two whose product is {slots}."
+    return None
+
+
+def box_lists(lists: TileLists, pieces: Pieces, key_tiles: Sequence[SegmentTiles], target: int) -> Boxes:
+    """The lists with boxes of the target first among the full and among the partial tiles, cut like `pieces`.
+
+    Args:
+        key_tiles: key tiles of all segments, in order.
+        target: index of the segment whose tiles are boxes; `why_no_boxes` says whether they are.
+    """
+    own = key_tiles[target]
+    first = sum(len(tiles) for tiles in key_tiles[:target])
+    corners = np.zeros((len(lists.k_rows), 3), np.int64)
+    corners[first : first + len(own)] = own.boxes.lo
+    pointers, key_tile, mask_id = (x.cpu().numpy().astype(np.int64) for x in lists[2:5])
+    elsewhere = (key_tile < first) | (key_tile >= first + len(own))
+    kind = 2 * (mask_id >= 0) + elsewhere
+    starts = np.concatenate([pointer[:-1] for pointer in pointers])
+    counts = np.concatenate([np.diff(pointer) for pointer in pointers])
+    order = np.lexsort((kind, np.repeat(starts, counts)))  # empty lists repeat no start
+    table = pieces.pieces.cpu().numpy().astype(np.int64)
+    entries = np.maximum(table[..., 1:4], 0)  # of the filling, nothing
+    below = [np.concatenate([[0], np.cumsum(kind[order] < limit)]) for limit in (1, 2, 3)]
+    bounds = [entries[..., 0] + count[entries[..., 2]] - count[entries[..., 0]] for count in below]
+    bounds = np.where(table[..., :1] < 0, -1, np.stack(bounds, -1))
+    cut = np.concatenate([table[..., :2], bounds, table[..., 3:]], -1)
+    columns = (_int32(x).to(lists.row_ptr.device) for x in (corners, key_tile[order], mask_id[order], cut))
+    return Boxes(*columns, own.start, own.grid, own.shape)
 
 
 def _cut_group(pointer: Ints, partial: Ints, most: int | None) -> tuple[Ints, Ints]:

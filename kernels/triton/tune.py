@@ -24,7 +24,8 @@ DIMS = (16, 32, 64, 128, 256)  # padded head dimensions
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FOLDER = "GENSPARSE_CONFIG_DIR"  # environment variable: folder of the user's settings
 KERNELS = ("forward", "dq", "dkv")
-LOADERS = ("rows",)  # how keys are fetched; tensor descriptors are not written yet
+BOX_DIMS = (64, 128)  # head dimensions whose boxes are compiled ahead of time
+LOADERS = {"rows": KERNELS, "boxes": ("forward",)}  # how keys are fetched, and the kernels that can
 _MATCHED = ("kernel", "dtype", "dim", "partial", "bias")
 _SIZES = {"BM": (16, 32, 64, 128, 256), "BN": (16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8, 16)}
 
@@ -36,7 +37,7 @@ class Config:
     Args:
         BM, BN: query and key slots computed at once; at most those of the plan's tiles, which they divide.
         num_warps, num_stages: as Triton means them.
-        loader: "rows", addresses computed per token.
+        loader: "rows", addresses computed per token; "boxes", tensor descriptors where plan and tensors allow them.
     """
 
     BM: int
@@ -106,6 +107,16 @@ def config_for(case: Case) -> Config:
 def shipped_config(case: Case) -> Config:
     """The shipped entry for a case, whatever the user's table says."""
     return _first([_shipped_table(_known_arch(case.arch))], case)
+
+
+def uses(arch: str, loader: str) -> bool:
+    """Whether any entry for an architecture, the user's or a shipped one, names a loader.
+
+    Raises:
+        ConfigError: the user's table is no valid table.
+    """
+    tables = (_user_table(user_table(arch)), _shipped_table(_known_arch(arch)))
+    return any(entry["loader"] == loader for table in tables for entry in table)
 
 
 @lru_cache(maxsize=256)
@@ -201,8 +212,12 @@ def _problem(entry: Any) -> str | None:
             return f"{name}={entry.get(name)!r} is not one of {allowed}"
     if type(entry.get("num_stages")) is not int or not 1 <= entry["num_stages"] <= 8:
         return f"num_stages={entry.get('num_stages')!r} is not between 1 and 8"
-    if entry.get("loader") not in LOADERS:
-        return f"loader={entry.get('loader')!r} is not one of {LOADERS}"
+    if entry.get("loader") not in tuple(LOADERS):
+        return f"loader={entry.get('loader')!r} is not one of {tuple(LOADERS)}"
+    kernels = entry.get("kernel")
+    kernels = KERNELS if kernels is None else (kernels if isinstance(kernels, list) else [kernels])
+    if any(kernel in KERNELS and kernel not in LOADERS[entry["loader"]] for kernel in kernels):
+        return f"loader={entry['loader']!r} serves {LOADERS[entry['loader']]} and not {kernels}"
     return None
 
 

@@ -31,7 +31,8 @@ def arguments(plan, tensors, groups, engine="plan_loop"):
     """The flat arguments of the op itself."""
     schedule = ops.Schedule(plan.pieces, plan.turned, plan.turned_pieces)
     pieces, turned, slots = ops._flat(schedule)
-    return (*tensors, groups, list(plan.lists), pieces, turned, *slots, 0.5, engine)
+    boxes = ops._flat_boxes(schedule._replace(boxes=plan.with_boxes().boxes))
+    return (*tensors, groups, list(plan.lists), pieces, turned, *slots, 0.5, engine, *boxes)
 
 
 @pytest.mark.parametrize("key_heads", [2, 1])
@@ -84,7 +85,7 @@ def test_the_backward_op_keeps_the_rules_of_torch_ops():
     values = [x.detach() for x in tensors]
     flat = arguments(plan, values, groups)
     out, lse = torch.ops.gensparse.attend(*flat)
-    given = (torch.ones_like(out), torch.ones_like(lse), *flat[:5], out, lse, *flat[5:])
+    given = (torch.ones_like(out), torch.ones_like(lse), *flat[:5], out, lse, *flat[5:12])
     torch.library.opcheck(torch.ops.gensparse.attend_backward.default, given)
 
 
@@ -122,7 +123,7 @@ def test_gradients_by_kernels_need_the_turned_lists():
     out, lse = torch.ops.gensparse.attend(*flat)
     flat[7], flat[11] = [], "triton"
     with pytest.raises(BackendError, match="need the turned lists"):
-        torch.ops.gensparse.attend_backward(out, lse, *flat[:5], out, lse, *flat[5:])
+        torch.ops.gensparse.attend_backward(out, lse, *flat[:5], out, lse, *flat[5:12])
 
 
 def test_the_ops_import_no_triton():

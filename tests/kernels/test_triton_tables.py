@@ -117,6 +117,14 @@ def test_the_users_table_comes_first_and_only_where_it_matches(user_table):
     assert config_for(replace(CASE, arch="sm_100")) == shipped
 
 
+def test_boxes_are_made_where_a_table_asks_for_them(user_table):
+    user_table(json.dumps({"entries": [entry(kernel="forward", dim=128, loader="boxes")]}))
+    assert [arch for arch in ARCHS if tune.uses(arch, "boxes")] == ["sm_90"]
+    assert all(tune.uses(arch, "rows") for arch in ARCHS)
+    assert config_for(CASE) == Config(64, 32, 4, 2, "boxes")
+    assert config_for(CASE).smaller().loader == "rows"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -125,6 +133,9 @@ def test_the_users_table_comes_first_and_only_where_it_matches(user_table):
         (json.dumps({"entries": [entry(BM=48)]}), r"entry 0: BM=48 is not one of"),
         (json.dumps({"entries": [entry(num_stages=0)]}), "num_stages=0 is not between 1 and 8"),
         (json.dumps({"entries": [entry(loader="best")]}), "loader='best'"),
+        (json.dumps({"entries": [entry(loader=["rows"])]}), r"loader=\['rows'\] is not one of \('rows', 'boxes'\)"),
+        (json.dumps({"entries": [entry(loader="boxes")]}), r"loader='boxes' serves \('forward',\) and not"),
+        (json.dumps({"entries": [entry(loader="boxes", kernel="dq")]}), r"serves \('forward',\) and not \['dq'\]"),
         (json.dumps({"entries": [3]}), "3 is no object"),
     ],
 )
