@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .finite import contained
+from .lists import TileLists
 from .need import Need
-from .plan_loop import TileLists
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

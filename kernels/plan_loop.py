@@ -15,30 +15,11 @@ from .blocks import Rows, wants_grad
 from .dense import attend_block
 from .finite import contained
 from .heads import Heads, group_rows, heads_first, heads_last, in_order
+from .lists import TileLists
 from .merge import merge_lse
 from .need import Need
 
 STEP_BYTES = 1 << 25  # scores, gathered keys and values of one step, 32 MiB (one tile pair of all heads at least)
-
-
-class TileLists(NamedTuple):
-    """The tensors of a plan; all int32.
-
-    Args:
-        q_rows: [n_qt, BM] token of every query slot, -1 for none.
-        k_rows: [n_kt, BN] token of every key slot, -1 for none; extra keys count on after the own tokens.
-        row_ptr: [G, n_qt + 1] first entry of every query tile in the lists below.
-        key_tile: [nnz] listed key tiles, per query tile the full ones first.
-        mask_id: [nnz] row of the atlas, -1 where all keys are valid and visible.
-        atlas: [n_masks, BM, BN // 32]; bit j % 32 of word j // 32: key slot j is visible.
-    """
-
-    q_rows: Tensor
-    k_rows: Tensor
-    row_ptr: Tensor
-    key_tile: Tensor
-    mask_id: Tensor
-    atlas: Tensor
 
 
 def why_not(need: Need) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .plan_loop import TileLists
+from .lists import TileLists
 
 STEP_BYTES = 1 << 26  # sampled scores that are held at once, 64 MiB
 LEVELS = (1, 2, 4, 8)  # tokens per pooled key in PSA

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gensparse.attention import explain, sparse_attention
 from gensparse.errors import BackendError, ConfigError, LayoutMismatchError, PlanTooLargeError
 from gensparse.kernels import reference, route
-from gensparse.kernels.plan_loop import TileLists
+from gensparse.kernels.lists import TileLists
 from gensparse.kernels.route import Choice
 from gensparse.layout import Layout, Segment
 from gensparse.patterns import Clusters, Disc, PyramidBlocks, RoutedPattern, TopRegions

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gensparse.attention.sources import with_sources
 from gensparse.kernels import ops
-from gensparse.kernels.ops import Schedule
+from gensparse.kernels.lists import Schedule
 from gensparse.layout import Layout
 from gensparse.patterns import Pattern
 from gensparse.plan import Plan, build_plan

@@ -14,6 +14,7 @@ from gensparse.errors import BackendError
 from gensparse.kernels import flex, halo, ops, partition, plan_loop, reference, xformers
 from gensparse.kernels import triton as triton_kernels
 from gensparse.kernels.blocks import Work
+from gensparse.kernels.lists import Schedule
 from gensparse.kernels.need import Need
 from gensparse.kernels.triton.tune import arch_of
 from gensparse.plan import Plan
@@ -135,7 +136,7 @@ def _run_op(call: Call, engine: str) -> Result:
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if engine == "triton" or call.q.device.type != "cpu":
         turned = (plan.turned, plan.turned_pieces) if grad else (None, None)
-        schedule = ops.Schedule(plan.pieces, *turned, plan.boxes)
+        schedule = Schedule(plan.pieces, *turned, plan.boxes)
     options = {"groups": call.groups, "key_bias": call.key_bias, "scale": call.scale}
     return ops.attend(call.q, call.k, call.v, plan.lists, schedule, engine=engine, **options)
 

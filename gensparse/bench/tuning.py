@@ -13,7 +13,8 @@ from gensparse.bench import record
 from gensparse.bench.contenders import LIMITS, inputs, relative_error
 from gensparse.bench.measure import gpu_seconds, poisoned_memory
 from gensparse.errors import BackendError, ConfigError
-from gensparse.kernels import ops, reference
+from gensparse.kernels import reference
+from gensparse.kernels.lists import Schedule
 from gensparse.kernels.triton import tune as tables
 from gensparse.kernels.triton.tune import KERNELS, Case, Config, arch_of, padded_dim, write_user_table
 from gensparse.layout import Layout
@@ -207,7 +208,7 @@ class _Call:
         heads = HEADS[size]
         self.tensors = inputs(layout, heads, dim, DTYPES[dtype], device)
         self.d_out = inputs(layout, heads, dim, DTYPES[dtype], device, seed=1)[0]
-        self.schedule = ops.Schedule(self.plan.pieces, self.plan.turned, self.plan.turned_pieces)
+        self.schedule = Schedule(self.plan.pieces, self.plan.turned, self.plan.turned_pieces)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         from gensparse.kernels.triton.forward import forward

@@ -17,8 +17,7 @@ import torch
 
 from gensparse.errors import ConfigError
 from gensparse.kernels.blocks import Work
-from gensparse.kernels.ops import Boxes, Pieces, Turned
-from gensparse.kernels.plan_loop import TileLists
+from gensparse.kernels.lists import Boxes, Pieces, TileLists, Turned
 from gensparse.kernels.triton.tune import arch_of, uses
 from gensparse.layout import Grid, Ints, Layout
 from gensparse.patterns.base import RUNS, Data, Pattern, Rule, Source
@@ -45,7 +44,7 @@ class Plan:
 
     Args:
         pattern, layout: what it was built from.
-        lists: int32 tensors, see `gensparse.kernels.plan_loop.TileLists`.
+        lists: int32 tensors, see `gensparse.kernels.lists.TileLists`.
         order: int32 [n_qt], query tiles with the longest list first.
         q_tile, k_tile: shapes (F, H, W) of the tiles of the target.
         useful: allowed token pairs of every group.

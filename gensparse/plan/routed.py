@@ -15,8 +15,7 @@ from torch import Tensor
 
 from gensparse.errors import ConfigError
 from gensparse.kernels import route
-from gensparse.kernels.ops import Pieces
-from gensparse.kernels.plan_loop import TileLists
+from gensparse.kernels.lists import Pieces, TileLists
 from gensparse.kernels.pool import pool_runs
 from gensparse.kernels.route import Choice, Clustering, Units
 from gensparse.layout import Ints, Layout

@@ -6,8 +6,7 @@ from math import prod
 import numpy as np
 import torch
 
-from gensparse.kernels.ops import Boxes, Pieces, Turned
-from gensparse.kernels.plan_loop import TileLists
+from gensparse.kernels.lists import Boxes, Pieces, TileLists, Turned
 from gensparse.layout import Ints
 from gensparse.plan.tiles import SegmentTiles
 

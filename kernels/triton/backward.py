@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Pieces, Turned
-from ..plan_loop import TileLists
+from ..lists import Pieces, TileLists, Turned
 from .forward import PIECE
 from .inputs import Inputs
 from .launch import launch, on_device

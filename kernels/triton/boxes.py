@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Boxes
+from ..lists import Boxes
 from . import installed
 from .loaders import is_finite, load_group, load_rows
 from .tune import BOX_DIMS, Config

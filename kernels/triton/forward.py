@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Boxes, Pieces
-from ..plan_loop import TileLists
+from ..lists import Boxes, Pieces, TileLists
 from .boxes import BoxLoader, forward_boxes_kernel, why_not
 from .inputs import Inputs
 from .launch import launch, on_device

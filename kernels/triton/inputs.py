@@ -6,8 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops import Pieces
-from ..plan_loop import TileLists
+from ..lists import Pieces, TileLists
 from .loaders import load_group
 from .tune import Case, Config, arch_of, padded_dim
 

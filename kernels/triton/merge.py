@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Pieces
-from ..plan_loop import TileLists
+from ..lists import Pieces, TileLists
 from .inputs import Inputs
 from .loaders import load_group, load_rows, store_rows
 from .tune import padded_dim

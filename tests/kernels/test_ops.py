@@ -10,6 +10,7 @@ from attention_checks import menu, oracle, random_qkv
 from gensparse.attention import sparse_attention
 from gensparse.errors import BackendError
 from gensparse.kernels import ops
+from gensparse.kernels.lists import Schedule
 from gensparse.layout import Layout
 from gensparse.patterns import Blocks, CrissCross, Disc, PerHead, Text
 from gensparse.plan import build_plan
@@ -29,7 +30,7 @@ def call(pattern=MENU, *, heads=2, key_heads=None, dim=3, dtype=torch.float64):
 
 def arguments(plan, tensors, groups, engine="plan_loop"):
     """The flat arguments of the op itself."""
-    schedule = ops.Schedule(plan.pieces, plan.turned, plan.turned_pieces)
+    schedule = Schedule(plan.pieces, plan.turned, plan.turned_pieces)
     pieces, turned, slots = ops._flat(schedule)
     boxes = ops._flat_boxes(schedule._replace(boxes=plan.with_boxes().boxes))
     return (*tensors, groups, list(plan.lists), pieces, turned, *slots, 0.5, engine, *boxes)
