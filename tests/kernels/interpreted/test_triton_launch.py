@@ -56,7 +56,7 @@ def plan_and_tensors():
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-def test_a_smaller_config_is_tried_and_remembered(monkeypatch, caplog, error):
+def test_fault_24_a_smaller_config_is_tried_and_remembered(monkeypatch, caplog, error):
     kernel = failing(monkeypatch, error, 1)
     plan, tensors = plan_and_tensors()
     with caplog.at_level(logging.WARNING, logger="gensparse"):
@@ -71,7 +71,7 @@ def test_a_smaller_config_is_tried_and_remembered(monkeypatch, caplog, error):
     assert "Can't run triton; the forward kernel failed" in caplog.text
 
 
-def test_another_backend_takes_over_with_the_same_mask(monkeypatch, caplog):
+def test_fault_24_another_backend_takes_over_with_the_same_mask(monkeypatch, caplog):
     kernel = failing(monkeypatch, OUT_OF_SHARED, 2)
     plan, tensors = plan_and_tensors()
     with caplog.at_level(logging.WARNING, logger="gensparse"):
@@ -86,7 +86,7 @@ def test_another_backend_takes_over_with_the_same_mask(monkeypatch, caplog):
     )
 
 
-def test_full_memory_is_not_remembered_as_a_failure(monkeypatch):
+def test_fault_24_full_memory_is_not_remembered_as_a_failure(monkeypatch):
     failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), 2)
     plan, tensors = plan_and_tensors()
     with pytest.raises(BackendError, match="OutOfMemoryError"):
