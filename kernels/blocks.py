@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .dense import attend_block, compute_dtype, splits_scores
 from .finite import contained
-from .heads import Heads, group_rows, heads_first, heads_last, in_order
+from .heads import Heads, bias_of_heads, group_rows, heads_first, heads_last, in_order
 
 CHUNK_BYTES = 1 << 23  # gathered keys, values and scores of one step and pair of threads: stays near the cache
 
@@ -41,6 +41,13 @@ class DenseRows:
     def __init__(self, queries: tuple[int, int], keys: Sequence[tuple[int, int]]) -> None:
         self.queries, self.keys = queries, tuple(keys)
 
+    def attend_sample(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """out [queries, H, D] from the tensors [S, H, D] and the bias [H, Nk] of one sample."""
+        keys, values = (_runs(x, self.keys, 0) for x in (k, v))
+        added = None if bias is None else _runs(bias, self.keys, 1)[:, None, None]
+        tensors = (x.transpose(0, 1)[:, None] for x in (q[slice(*self.queries)], keys, values))
+        return attend_block(*tensors, added, scale, lse=False, may_hide=True)[0][:, 0].transpose(0, 1)
+
     def attend(self, heads: Heads, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
         """out [B*H, queries, D] and lse [B*H, queries]."""
         k, v = (_runs(x, self.keys, 1) for x in (heads.k, heads.v))
@@ -55,6 +62,12 @@ class Work:
 
     def __init__(self, tiles: Sequence[Tiles], dense: Sequence[DenseRows]) -> None:
         self.tiles, self.dense = tuple(tiles), tuple(dense)
+
+    @property
+    def queries(self) -> int:
+        """Queries that have a result; none has two."""
+        tiled = sum(number * queries for number, queries, _ in (tiles.sizes for tiles in self.tiles))
+        return tiled + sum(stop - start for start, stop in (rows.queries for rows in self.dense))
 
     def to(self, device: torch.device) -> "Work":
         """The same work with its tensors on `device`."""
@@ -82,6 +95,9 @@ def attend_works(
     rows = group_rows(groups, len(works), batch, count)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        if rows[0] is None and k.shape[2] == count and not splits_scores(q, 1, return_lse):
+            bias = None if key_bias is None else bias_of_heads(q, key_bias)
+            return _attend_samples(q, k, v, bias, works[0], factor), None
         heads = heads_first(q, k, v, key_bias)
         parts = [
             _attend_heads(block, work, tokens, factor, return_lse)
@@ -97,6 +113,48 @@ def attend_works(
     dtype = compute_dtype(q)
     out, lse = contained(run, q.to(dtype), k.to(dtype), v.to(dtype))
     return out.to(q.dtype), lse
+
+
+def _attend_samples(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, work: Work, scale: float) -> Tensor:
+    """out [B, S, H, D] of a work that all heads share, where blocks run fused.
+
+    Tokens are gathered with all their heads at once: no copy in another order, and rows H times as long to fetch.
+    """
+    out = []
+    for sample in range(len(q)):
+        own = (q[sample].contiguous(), k[sample].contiguous(), v[sample].contiguous())
+        grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*own, bias))
+        empty = own[0].new_zeros if work.queries < len(own[0]) else own[0].new_empty
+        rows = Rows(empty(own[0].shape), grad, dim=0)
+        for index, part in _sample_steps(*own, None if bias is None else bias[sample], work, scale):
+            rows.put(index, part)
+        out.append(rows.result())
+    return torch.stack(out) if len(out) > 1 else out[0][None]
+
+
+def _sample_steps(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, work: Work, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token indices [n] and outputs [n, H, D] of one sample [S, H, D], a few tiles at a time."""
+    heads = q.shape[1]
+    for tiles in work.tiles:
+        (mask, _), number = tiles.bias(), tiles.sizes[0]
+        mask = None if mask is None else mask.to(q.dtype)
+        step = max(1, _budget() // (heads * _gathered_bytes(q, tiles, bias is not None)))
+        for start in range(0, number, step):
+            q_rows, k_rows = tiles.rows(start, min(start + step, number))
+            blocks = [
+                x.index_select(0, rows.reshape(-1)).view(*rows.shape, heads, -1).transpose(1, 2)
+                for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows))
+            ]
+            added = mask
+            if bias is not None:
+                own = bias.index_select(1, k_rows.reshape(-1)).view(heads, *k_rows.shape).transpose(0, 1)[:, :, None]
+                added = own if mask is None else own + mask
+            out, _ = attend_block(*blocks, added, scale, lse=False, may_hide=True)
+            yield q_rows.reshape(-1), out.transpose(1, 2).flatten(0, 1)
+    for rows in work.dense:
+        yield torch.arange(*rows.queries, device=q.device), rows.attend_sample(q, k, v, bias, scale)
 
 
 def _attend_heads(heads: Heads, work: Work, tokens: int, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -130,10 +188,10 @@ def _steps(heads: Heads, work: Work, scale: float, lse: bool) -> Iterator[tuple[
 
 
 class Rows:
-    """Results [heads, S, ...] collected by token: written in place, or joined once at the end where gradients flow."""
+    """Results collected along axis `dim` of tokens: written in place, or joined at the end where gradients flow."""
 
-    def __init__(self, empty: Tensor, grad: bool) -> None:
-        self.empty, self.grad = empty, grad
+    def __init__(self, empty: Tensor, grad: bool, dim: int = 1) -> None:
+        self.empty, self.grad, self.dim = empty, grad, dim
         self.indices: list[Tensor] = []
         self.parts: list[Tensor] = []
 
@@ -142,12 +200,12 @@ class Rows:
             self.indices.append(index)
             self.parts.append(part)
         else:
-            self.empty.index_copy_(1, index, part)
+            self.empty.index_copy_(self.dim, index, part)
 
     def result(self) -> Tensor:
         if not self.parts:
             return self.empty
-        return self.empty.index_copy(1, torch.cat(self.indices), torch.cat(self.parts, dim=1))
+        return self.empty.index_copy(self.dim, torch.cat(self.indices), torch.cat(self.parts, dim=self.dim))
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -171,9 +229,13 @@ def _tile_bytes(heads: Heads, tiles: Tiles, lse: bool) -> int:
     """Bytes one tile of one head brings in: keys, values, and scores where they are kept."""
     _, queries, keys = tiles.sizes
     scores = 6 * queries * keys if splits_scores(heads.q, keys, lse) else 0
-    if heads.bias is not None:
-        scores += 4 * queries * keys
-    return 2 * keys * heads.q.shape[2] * heads.q.element_size() + scores
+    return _gathered_bytes(heads.q, tiles, heads.bias is not None) + scores
+
+
+def _gathered_bytes(q: Tensor, tiles: Tiles, bias: bool) -> int:
+    """Bytes of the keys, values and key bias of one tile and head."""
+    _, queries, keys = tiles.sizes
+    return 2 * keys * q.shape[2] * q.element_size() + (4 * queries * keys if bias else 0)
 
 
 def _budget() -> int:

@@ -27,10 +27,13 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None)
     batch, _, heads, _ = q.shape
     repeat = heads // k.shape[2]
     k, v = (_flat(x if repeat == 1 else x.repeat_interleave(repeat, dim=2)) for x in (k, v))
-    if key_bias is not None:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        key_bias = key_bias.to(wide).expand(batch, heads, -1).reshape(batch * heads, -1)
-    return Heads(_flat(q), k, v, key_bias)
+    bias = None if key_bias is None else bias_of_heads(q, key_bias).reshape(batch * heads, -1)
+    return Heads(_flat(q), k, v, bias)
+
+
+def bias_of_heads(q: Tensor, key_bias: Tensor) -> Tensor:
+    """key_bias [B|1, H|1, Nk] in at least fp32 for every sample and head of q: [B, H, Nk]."""
+    return key_bias.to(torch.promote_types(q.dtype, torch.float32)).expand(q.shape[0], q.shape[2], -1)
 
 
 def heads_last(x: Tensor, batch: int) -> Tensor:
