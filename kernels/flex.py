@@ -135,5 +135,5 @@ def _ordered(listed: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled(flex: Callable) -> Callable:
-    """Without compilation flex computes all pairs."""
-    return torch.compile(flex, dynamic=False)
+    """Without compilation flex computes all pairs; one whole graph fails where torch would silently leave it so."""
+    return torch.compile(flex, dynamic=False, fullgraph=True)

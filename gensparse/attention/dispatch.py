@@ -153,7 +153,15 @@ def _run_flex(call: Call) -> Result:
     except ValueError as error:
         raise BackendError(str(error)) from error
     options = {"key_bias": call.key_bias, "scale": call.scale, "return_lse": call.return_lse}
-    return flex.attend(call.q, call.k, call.v, lists, mask, **options)
+    try:
+        return flex.attend(call.q, call.k, call.v, lists, mask, **options)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":
+            raise
+        raise BackendError(
+            "Can't run flex; torch keeps no more compiled variants of it in this process: call torch._dynamo.reset(), "
+            "or use another backend."
+        ) from error
 
 
 @lru_cache(maxsize=4)
