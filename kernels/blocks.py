@@ -88,7 +88,7 @@ def attend_works(
     """Run every work of a menu on its heads; queries that no work names give 0 and -inf.
 
     Returns:
-        out [B, Nq, H, D] in q.dtype (a transposed view) and lse fp32 [B, Nq, H] or None.
+        out [B, Nq, H, D] in q.dtype (a transposed view where heads are gathered apart) and lse fp32 [B, Nq, H] or None.
     """
     batch, tokens, count, dim = q.shape
     factor = dim**-0.5 if scale is None else scale
