@@ -1,9 +1,9 @@
 """Halo backend: query tiles of a grid with one box of keys each, gathered and attended in batches.
 
 A tile and its keys are a start index plus offsets that all tiles of a class share, so the lowered form of a 4096 x 4096
-picture is a few kilobytes and its masks stay in the cache. Memory beyond q, k, v and the output: `blocks.CHUNK_BYTES` per
-pair of threads (one tile at least), and heads-first copies of q, k, v where blocks are not fused or heads differ in
-pattern.
+picture is a few kilobytes and its masks stay in the cache. Memory beyond q, k, v and the output:
+`blocks.CHUNK_BYTES` per pair of threads (one tile at least), and heads-first copies of q, k, v where blocks are not
+fused or heads differ in pattern.
 """
 
 from collections.abc import Sequence
