@@ -71,13 +71,12 @@ def test_a_table_too_large_is_refused(monkeypatch):
         sparse_attention(*random_qkv(LAYOUT, heads=1), plan, backend="flex")
 
 
-def test_flex_says_when_torch_keeps_no_more_variants(monkeypatch):
+def test_flex_says_when_torch_keeps_no_more_variants():
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     calls = [(build_plan(Disc(2), layout), random_qkv(layout, heads=1, dim=16)) for layout in map(_square, (3, 9, 17))]
-    with pytest.raises(BackendError, match="variants"):
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(BackendError, match="variants"):
         [sparse_attention(*tensors, plan, backend="flex") for plan, tensors in calls]
     torch._dynamo.reset()
 
