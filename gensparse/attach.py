@@ -2,24 +2,26 @@
 
 import inspect
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.families import TensorMemo, family_of
+from gensparse.families import Family, Layouts, TensorMemo, family_of
 from gensparse.layout import Layout
-from gensparse.methods import Method, as_method
-from gensparse.plan import Plan, build_plan
+from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
+from gensparse.patterns import Pattern
+from gensparse.plan import build_plan
 from gensparse.processors.clock import Clock
-from gensparse.processors.site import Call, CallSlot, Site
+from gensparse.processors.operators import Operator
+from gensparse.processors.site import Action, ActionSlot, AnyPlan, Site, Work
 from gensparse.processors.tally import NOT_SET, Tally, merged
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
@@ -27,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 _ATTACHMENT = "_gensparse"
 _DENOISERS = ("transformer", "transformer_2", "unet")
-_RECENT = 4  # layouts whose plan a model keeps at hand; a run alternates between two at most
+_RECENT = 16  # works a model keeps at hand: kinds of sites times layouts of a run
 
 
 def apply(
@@ -53,7 +55,7 @@ def apply(
         UnsupportedProcessorError: a processor cannot be made sparse; the model is unchanged then.
     """
     settings = Settings(as_method(method), strict, dense_steps, dense_layers)
-    attachments = [Attachment(model, settings, _scheduler_config(pipe_or_model)) for model in _models(pipe_or_model)]
+    attachments = [Attachment(model, settings, pipe_or_model) for model in _models(pipe_or_model)]
     for attachment in attachments:
         attachment.check()
     for attachment in attachments:
@@ -148,11 +150,11 @@ class Handle:
             "calls": the same two, counted by call; "backend": the one of the last sparse call; "density": share of
             the query-key pairs that it computed. The last two are None before a sparse call.
         """
-        plan = next((attachment.plan for attachment in self._attachments if attachment.plan is not None), None)
+        plans = [attachment.plan for attachment in self._attachments if attachment.plan is not None]
         return {
             **merged(attachment.tally.report() for attachment in self._attachments),
             "backend": next(filter(None, (attachment.backend for attachment in self._attachments)), None),
-            "density": None if plan is None else plan.stats()["density"],
+            "density": plans[0].density if plans else None,
         }
 
     def restart(self) -> None:
@@ -172,21 +174,41 @@ class Attachment:
     It lives on the model, so a copy of the model carries its own, and no saved checkpoint shows it.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, scheduler_config: Mapping[str, Any] | None) -> None:
-        family = family_of(model)
+    def __init__(self, model: nn.Module, settings: Settings, owner: Any) -> None:
         self.model, self.settings = model, settings
-        self.native_tokens = _native_tokens(family, model, scheduler_config)
-        self.modules = {n: m for n, m in _attention(model).items() if re.fullmatch(family.SITES, n)}
-        if not self.modules:
+        native = _native_tokens(self.family, model, _scheduler_config(owner))
+        self.subject = Subject(self.family.name, model, native)
+        self.method = settings.method.resolved(self.subject)
+        self.modules = _attention(model)
+        self.places = _places(self.family, model, self.modules)
+        if not self.places:
             raise ConfigError(f"{type(model).__name__} has no attention layer to make sparse; pass a whole denoiser.")
-        pinned = settings.pinned(len(self.modules))
-        self.slot, self.clock, self.memo = CallSlot(), Clock(), TensorMemo()
-        self.sites = [Site(name, self.slot, pinned.get(i)) for i, name in enumerate(self.modules)]
-        self.tally = Tally(self.sites)
-        self._calls: dict[tuple[Layout, torch.device], Call] = {}
-        self.plan: Plan | None = None
+        pinned = settings.pinned(len(self.places))
+        self.slots: dict[SlotKey, ActionSlot] = {}
+        self.sites = {name: self._site(name, pinned) for name in self.modules}
+        self.clock, self.memo, self.run = Clock(), TensorMemo(), _Run(owner)
+        self.tally = Tally(self._counted)
+        self.loaded: Loaded | None = None
+        self.plan: AnyPlan | None = None
+        self._works: dict[Any, Work] = {}
         self._hook: Any = None
         self._warned = False
+
+    def _site(self, name: str, pinned: Mapping[int, str]) -> Site:
+        place = self.places.get(name)
+        if place is None:
+            return Site(name, None)
+        key = SlotKey(place.role, self.method.kind(place), place.heads)
+        return Site(name, self.slots.setdefault(key, ActionSlot()), place.layer, pinned.get(place.layer))
+
+    @property
+    def family(self) -> Family:
+        """The family of the model; looked up, because a copy of the model finds its own."""
+        return family_of(self.model)
+
+    @property
+    def _counted(self) -> list[Site]:
+        return [site for site in self.sites.values() if site.slot is not None]
 
     @property
     def active(self) -> bool:
@@ -196,22 +218,27 @@ class Attachment:
     @property
     def backend(self) -> str | None:
         """Name of the backend of the last sparse call."""
-        return next((site.backend for site in self.sites if site.backend is not None), None)
+        return next((site.backend for site in self._counted if site.backend is not None), None)
 
     def check(self) -> None:
         """UnsupportedProcessorError when a processor cannot be made sparse."""
-        for module in self.modules.values():
-            sparse_variant(type(module.processor))
+        for name in self.places:
+            sparse_variant(type(self.modules[name].processor))
 
     def install(self, *, swap: bool = True) -> None:
         """Put everything in place instead of what was there; with `swap` the processors become sparse at once."""
         _detach(self.model)
-        for module, site in zip(self.modules.values(), self.sites, strict=True):
+        self.loaded = self.method.load(self.subject, self.places)
+        for name, module in self.modules.items():
+            site = self.sites[name]
             setattr(module, SITE, site)
+            if site.slot is None:
+                continue
             site.held = swap
+            site.sources = self.loaded.sources(self.places[name]) if self.loaded else None
             if swap:
                 make_sparse(module.processor)
-        self.tally = Tally(self.sites)
+        self.tally = Tally(self._counted)
         self._hook = self.model.register_forward_pre_hook(self.begin, with_kwargs=True)
         setattr(self.model, _ATTACHMENT, self)
 
@@ -224,11 +251,13 @@ class Attachment:
         for module in self.modules.values():
             make_dense(module.processor)
             delattr(module, SITE)
+        if self.loaded is not None:
+            self.loaded.undo()
         delattr(self.model, _ATTACHMENT)
 
     def sparse_copy(self, name: str, module: nn.Module) -> Any:
         """The processor of a module, for a site a sparse copy that shares its weights."""
-        if name not in self.modules:
+        if name not in self.places:
             return module.processor
         processor = copy(module.processor)
         make_sparse(processor)
@@ -239,11 +268,15 @@ class Attachment:
         """Forward pre-hook of the model: decide what its sites do in this call."""
         self.tally.collect()
         self._heal()
-        self.slot.put(self._call(_signature(type(model)).bind(model, *args, **kwargs).arguments))
+        bound = _signature(type(model)).bind(model, *args, **kwargs).arguments
+        step, layouts = self._step(bound), self._layouts(bound)
+        for key, slot in self.slots.items():
+            slot.put(self._action(key, step, layouts, bound))
 
     def _heal(self) -> None:
         """Make sites sparse again whose processor was exchanged (image-prompt adapters, resets)."""
-        for module, site in zip(self.modules.values(), self.sites, strict=True):
+        for name in self.places:
+            module, site = self.modules[name], self.sites[name]
             if is_sparse(module.processor):
                 site.held = True
             elif site.held:
@@ -257,35 +290,84 @@ class Attachment:
             _LOG.warning("The processor of %s was exchanged after apply(); such sites are made sparse again.", name)
         self._warned = True
 
-    def _call(self, bound: Mapping[str, Any]) -> Call:
-        if self.settings.dense_steps and self.clock.tick(bound["timestep"]) < self.settings.dense_steps:
-            return Call(None, reason="dense step")
-        try:
-            layout = family_of(self.model).read_layout(bound, self.memo)
-        except LayoutMismatchError as error:
-            return self._dense(str(error))
-        reason = self.settings.method.why_not(layout)
-        return self._dense(reason) if reason else self._sparse(layout, _device(self.model, bound))
+    def _step(self, bound: Mapping[str, Any]) -> int:
+        if not (self.settings.dense_steps or self.method.timed):
+            return 0
+        return self.clock.tick(self.family.timestep(bound))
 
-    def _dense(self, reason: str) -> Call:
+    def _layouts(self, bound: Mapping[str, Any]) -> Layouts | str:
+        """Layouts by role, or why there are none."""
+        try:
+            return self.family.read_layouts(self.model, bound, self.memo)
+        except LayoutMismatchError as error:
+            return str(error)
+
+    def _action(self, key: "SlotKey", step: int, layouts: Layouts | str, bound: Mapping[str, Any]) -> Action:
+        if step < self.settings.dense_steps:
+            return Action(reason="dense step")
+        if isinstance(layouts, str):
+            return self._dense(layouts)
+        own = layouts[key.role]
+        own = own if isinstance(own, tuple) else (own,)
+        reason = next(filter(None, (self.method.why_not(layout, key.role) for layout in own)), None)
+        if reason is not None:
+            return self._dense(reason)
+        at = At(key.kind, key.role, step, self.run.steps())
+        chosen = [self.method.pattern(layout, at) for layout in own]
+        stop = next((item for item in chosen if isinstance(item, Dense)), None)
+        if stop is not None:
+            return Action(reason=stop.reason)
+        device = _device(self.model, bound)
+        works = [self._work(what, layout, at, key.heads, device) for what, layout in zip(chosen, own, strict=True)]
+        gain = self.method.logit_gain(own[0], self.subject.native_tokens)
+        seed = getattr(self.method, "seed", 0)
+        return Action(tuple(works), gain=gain, strict=self.settings.strict, step=step, seed=seed)
+
+    def _dense(self, reason: str) -> Action:
         if self.settings.strict:
             raise LayoutMismatchError(f"{type(self.model).__name__} cannot run sparse: {reason}")
-        return Call(None, reason=reason)
+        return Action(reason=reason)
 
-    def _sparse(self, layout: Layout, device: torch.device) -> Call:
-        call = self._calls.get((layout, device))
-        if call is None:
-            method = self.settings.method
-            plan = build_plan(method.pattern(layout), layout, device=device)
-            gain = method.logit_gain(layout, self.native_tokens)
-            call = Call(plan, layout.tokens, gain=gain, strict=self.settings.strict)
-            recent = list(self._calls.items())[1 - _RECENT :]
-            self._calls = {**dict(recent), (layout, device): call}
-        self.plan = call.plan
-        return call
+    def _work(self, what: Pattern | Operator, layout: Layout, at: At, heads: int, device: torch.device) -> Work:
+        chosen = self.method.heads(at, heads)
+        key = (what, layout, chosen, device)
+        work = self._works.get(key)
+        if work is None:
+            if isinstance(what, Pattern):
+                groups = None if chosen is None else torch.tensor([chosen], dtype=torch.int32, device=device)
+                work = Work(layout, plan=build_plan(what, layout, device=device), groups=groups)
+            else:
+                work = Work(layout, operator=what)
+            recent = list(self._works.items())[1 - _RECENT :]
+            self._works = {**dict(recent), key: work}
+        self.plan = work.plan or self.plan
+        return work
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": {}, "plan": None}
+        return {**self.__dict__, "_works": {}, "plan": None}
+
+
+class SlotKey(NamedTuple):
+    """What makes sites act alike."""
+
+    role: str
+    kind: Hashable
+    heads: int
+
+
+class _Run:
+    """How many steps the pipeline of a model takes; the pipeline is not kept alive, nor copied with the model."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner) if hasattr(owner, "scheduler") else None
+
+    def steps(self) -> int | None:
+        """Distinct timesteps of the pipeline's scheduler; None for a bare model."""
+        timesteps = getattr(getattr(self._owner and self._owner(), "scheduler", None), "timesteps", None)
+        return None if timesteps is None else len(set(timesteps.tolist()))
+
+    def __reduce__(self) -> "tuple[type[_Run], tuple[None]]":
+        return _Run, (None,)
 
 
 def _models(pipe_or_model: Any) -> list[nn.Module]:
@@ -303,6 +385,15 @@ def _models(pipe_or_model: Any) -> list[nn.Module]:
 
 def _denoiser(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
+
+
+def _places(family: Family, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Place]:
+    """The sites of a model, in its order."""
+    roles = family.sites(model, modules)
+    return {
+        name: Place(role, layer, len(roles), int(getattr(modules[name], "heads", 0)), name)
+        for layer, (name, role) in enumerate(roles.items())
+    }
 
 
 def _attachment(model: nn.Module) -> Attachment | None:
@@ -324,7 +415,7 @@ def _scheduler_config(pipe_or_model: Any) -> Mapping[str, Any] | None:
     return getattr(getattr(pipe_or_model, "scheduler", None), "config", None)
 
 
-def _native_tokens(family: Any, model: nn.Module, scheduler_config: Mapping[str, Any] | None) -> int | None:
+def _native_tokens(family: Family, model: nn.Module, scheduler_config: Mapping[str, Any] | None) -> int | None:
     try:
         return family.native_tokens(model, scheduler_config)
     except ConfigError:

@@ -25,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "ON_REQUEST",
     "Backend",
+    "Sources",
     "backends",
     "choose",
     "explain",

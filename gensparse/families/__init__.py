@@ -1,14 +1,14 @@
 """Model families of diffusers: which modules hold attention, and what the tokens of a call are.
 
-A family is a module of this package with the members of `base.Family`. It is found from the class of the model, never
-from a checkpoint's name.
+A family is a `FAMILY` value in a module of this package. It is found from the class of the model, never from a
+checkpoint's name.
 """
 
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from gensparse.errors import ConfigError
-from gensparse.families.base import Family, TensorMemo
+from gensparse.families.base import Family, Layouts, TensorMemo
 
 FAMILIES = {
     "FluxTransformer2DModel": "gensparse.families.flux",
@@ -16,7 +16,7 @@ FAMILIES = {
 }
 """Model class name -> module of its family; subclasses of a listed class belong to the same family."""
 
-__all__ = ["FAMILIES", "Family", "TensorMemo", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layouts", "TensorMemo", "family_of"]
 
 
 def family_of(model: Any) -> Family:
@@ -27,6 +27,6 @@ def family_of(model: Any) -> Family:
     """
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
-            return cast(Family, import_module(FAMILIES[cls.__name__]))
+            return import_module(FAMILIES[cls.__name__]).FAMILY
     known = ", ".join(sorted(FAMILIES))
     raise ConfigError(f"{type(model).__name__} belongs to no supported family; supported model classes are {known}.")

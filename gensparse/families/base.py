@@ -1,9 +1,12 @@
 """What a family supplies, and the memo that spares reading position ids at every step."""
 
+import re
 import weakref
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from gensparse.errors import ConfigError, LayoutMismatchError
 from gensparse.layout import Layout
 
 if TYPE_CHECKING:
@@ -12,25 +15,82 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Layouts = Mapping[str, Layout | tuple[Layout, ...]]
+"""Role -> layout of its calls; a tuple holds one layout per sample, where samples differ in length."""
 
-class Family(Protocol):
-    """Members every family module has."""
 
-    SITES: str
-    """Regular expression that matches the full name of every attention module whose call has the model's layout."""
+@dataclass(frozen=True)
+class Family:
+    """How one family of diffusers denoisers attends.
 
-    def read_layout(self, bound: Mapping[str, Any], memo: "TensorMemo | None" = None) -> Layout:
-        """Layout of one denoiser call from its arguments bound by name.
+    Args:
+        name: what reports and tables call it.
+        sites: (model, names of its attention modules) -> name -> role, for every module that attends by softmax over
+            tokens of one layout. Modules of equal roles have equal layouts. What is left out (cross attention, text
+            refiners, linear attention) stays as it is.
+        read_layouts: (model, arguments of its forward by name, memo) -> layouts of every role in this call. Raises
+            LayoutMismatchError where the arguments contradict each other or describe no grid.
+        layout_for: (height, width in pixels, **sizes) -> layout of the picture or clip, without weights.
+        native_tokens: (model or pipeline, scheduler config) -> picture tokens at the size of training; ConfigError
+            where nothing says it.
+        ascending_time: whether the timestep argument grows during a run.
+        blocks: regular expression of the repeated blocks, the modules worth compiling on their own.
+    """
+
+    name: str
+    sites: Callable[[Any, Iterable[str]], dict[str, str]]
+    read_layouts: Callable[[Any, Mapping[str, Any], "TensorMemo"], Layouts]
+    layout_for: Callable[..., Layout]
+    native_tokens: Callable[..., int]
+    ascending_time: bool = False
+    blocks: str = r"(single_)?transformer_blocks\.\d+"
+
+    def timestep(self, bound: Mapping[str, Any]) -> Any:
+        """The time of a call, falling during a run: a number or a tensor.
 
         Raises:
-            LayoutMismatchError: the arguments contradict each other or describe no grid.
+            LayoutMismatchError: the call has none.
         """
+        value = bound.get("timestep", bound.get("t"))
+        if value is None:
+            raise LayoutMismatchError(f"The {self.name} call has no timestep; pass it to the denoiser.")
+        return -value if self.ascending_time else value
 
-    def layout_for(self, height: int, width: int, *, n_text: int, vae_scale: int = 8, patch: int = 2) -> Layout:
-        """Layout a picture of height x width pixels will have; needs no weights."""
 
-    def native_tokens(self, model: Any, scheduler_config: Mapping[str, Any] | None = None) -> int:
-        """Picture tokens at the size the model was trained for."""
+def sites_of(**patterns: str) -> Callable[[Any, Iterable[str]], dict[str, str]]:
+    """`Family.sites` from role=regular expression of the full module name."""
+
+    def sites(_model: Any, names: Iterable[str]) -> dict[str, str]:
+        return {name: role for name in names for role, pattern in patterns.items() if re.fullmatch(pattern, name)}
+
+    return sites
+
+
+def needed(family: str, bound: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
+    """Arguments of a denoiser call.
+
+    Raises:
+        LayoutMismatchError: one is missing.
+    """
+    missing = [name for name in names if bound.get(name) is None]
+    if missing:
+        raise LayoutMismatchError(
+            f"The {family} call has no {' and no '.join(missing)}, which tell its grid; pass {', '.join(names)} to the "
+            "denoiser."
+        )
+    return tuple(bound[name] for name in names)
+
+
+def whole_tokens(family: str, *sides: tuple[str, int, int]) -> tuple[int, ...]:
+    """Tokens per axis, rounded down, from (axis, size, size of a token).
+
+    Raises:
+        ConfigError: an axis holds no whole token.
+    """
+    for axis, size, token in sides:
+        if size < token:
+            raise ConfigError(f"{family} {axis}={size} holds no whole token; pass at least {token}.")
+    return tuple(size // token for _, size, token in sides)
 
 
 class TensorMemo:

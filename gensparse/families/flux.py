@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.families.base import TensorMemo
+from gensparse.families.base import Family, Layouts, TensorMemo, needed, sites_of, whole_tokens
 from gensparse.families.position_ids import raster_grid, runs
 from gensparse.layout import Grid, Layout
 
 if TYPE_CHECKING:
     import torch
 
-SITES = r"(single_)?transformer_blocks\.\d+\.attn"
+
+def read_layouts(_model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Layouts:
+    """Every block sees the same sequence."""
+    return {"joint": read_layout(bound, memo)}
 
 
 def read_layout(bound: Mapping[str, Any], memo: TensorMemo | None = None) -> Layout:
@@ -22,11 +25,7 @@ def read_layout(bound: Mapping[str, Any], memo: TensorMemo | None = None) -> Lay
     Raises:
         LayoutMismatchError: ids are missing, of another length than the picture, or not a grid.
     """
-    ids, picture, text = (bound.get(name) for name in ("img_ids", "hidden_states", "encoder_hidden_states"))
-    if ids is None or picture is None or text is None:
-        raise LayoutMismatchError(
-            "The FLUX call has no hidden_states, encoder_hidden_states or img_ids; pass all three to the transformer."
-        )
+    ids, picture, text = needed("FLUX", bound, "img_ids", "hidden_states", "encoder_hidden_states")
     grids = (memo or TensorMemo()).get(ids, _grids)
     tokens = sum(height * width for _, height, width in grids)
     if tokens != picture.shape[1]:
@@ -46,10 +45,9 @@ def layout_for(height: int, width: int, *, n_text: int, vae_scale: int = 8, patc
     Raises:
         ConfigError: the picture holds no whole token.
     """
-    pixels = vae_scale * patch
-    if min(height, width) < pixels:
-        raise ConfigError(f"size={height}x{width} pixels holds no whole token; pass at least {pixels} on each side.")
-    return Layout.image(height // pixels, width // pixels, text=n_text, text_first=True)
+    token = vae_scale * patch
+    rows, columns = whole_tokens("FLUX", ("height", height, token), ("width", width, token))
+    return Layout.image(rows, columns, text=n_text, text_first=True)
 
 
 def native_tokens(model: Any, scheduler_config: Mapping[str, Any] | None = None) -> int:
@@ -74,3 +72,12 @@ def _grids(ids: "torch.Tensor") -> tuple[Grid, ...]:
     """(1, H, W) of every picture in `img_ids` [N, 3], or [1, N, 3] as older callers pass them."""
     table = (ids[0] if ids.ndim == 3 else ids).detach().float().cpu().numpy()
     return tuple((1, *raster_grid(table[part, 1], table[part, 2])) for part in runs(table[:, 0]))
+
+
+FAMILY = Family(
+    name="FLUX.1",
+    sites=sites_of(joint=r"(single_)?transformer_blocks\.\d+\.attn"),
+    read_layouts=read_layouts,
+    layout_for=layout_for,
+    native_tokens=native_tokens,
+)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gensparse.errors import ConfigError, unknown_name
-from gensparse.methods.base import Method
+from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Subject
 from gensparse.methods.clear import Clear
 from gensparse.methods.neighborhood import Neighborhood
 from gensparse.methods.sliding_window import SlidingWindow
@@ -15,7 +15,22 @@ METHODS: dict[str, type[Method]] = {
     "sliding_window": SlidingWindow,
 }
 
-__all__ = ["METHODS", "Clear", "Method", "Neighborhood", "SlidingWindow", "as_method", "method_class", "parse_method"]
+__all__ = [
+    "METHODS",
+    "START",
+    "At",
+    "Clear",
+    "Dense",
+    "Loaded",
+    "Method",
+    "Neighborhood",
+    "Place",
+    "SlidingWindow",
+    "Subject",
+    "as_method",
+    "method_class",
+    "parse_method",
+]
 
 
 def method_class(name: Any) -> type[Method]:

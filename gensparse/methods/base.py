@@ -1,13 +1,72 @@
 """Method: the frozen settings of one published way to make attention sparse, and what it does on a layout."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from gensparse.errors import ConfigError, unknown_name
 from gensparse.layout import Layout
 from gensparse.patterns import Pattern
+
+if TYPE_CHECKING:  # methods are listed and described without torch
+    from torch import nn
+
+    from gensparse.attention import Sources
+    from gensparse.processors.operators import Operator
+
+
+class Place(NamedTuple):
+    """Where a site is: its role in the family, its number among the `layers` sites of the model, its heads."""
+
+    role: str
+    layer: int
+    layers: int
+    heads: int
+    name: str = ""
+
+
+class At(NamedTuple):
+    """Which sites, and when: the kind that `Method.kind` gave them, their role, and the step of the run.
+
+    `steps` is None where nobody knows how many there will be (a bare model without its pipeline).
+    """
+
+    kind: Hashable = None
+    role: str = "joint"
+    step: int = 0
+    steps: int | None = None
+
+
+START = At()
+"""The first step of a model whose sites all act alike."""
+
+
+class Subject(NamedTuple):
+    """The model a method is put on."""
+
+    family: str
+    model: "nn.Module"
+    native_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Run dense, for this reason."""
+
+    reason: str
+
+
+class Loaded(ABC):
+    """What a method put on a model besides processors: weights, adapters."""
+
+    def sources(self, place: Place) -> "Sources | None":
+        """Weights of the key sources of one site, see `sparse_attention`."""
+        return None
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Take everything off again, bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +77,30 @@ class Method(ABC):
     """The word users type: `--attention NAME`, "method" in files."""
     version: ClassVar[int] = 1
     """Raised when the meaning of a setting changes, so that old files are refused instead of misread."""
+    timed: ClassVar[bool] = False
+    """Whether `pattern` looks at the step; reading it waits for the device once per step."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Published settings by the model they were published for; `Method.preset`, "name:preset=model"."""
 
     @abstractmethod
-    def pattern(self, layout: Layout) -> Pattern:
-        """Which key every query sees on `layout`; windows longer than the grid are shortened to it."""
+    def pattern(self, layout: Layout, at: At = START) -> "Pattern | Operator | Dense":
+        """Which key every query sees on `layout`; windows longer than the grid are shortened to it.
 
-    def why_not(self, layout: Layout) -> str | None:
+        Called for every denoiser call, so it only describes; equal patterns share one plan.
+        """
+
+    def kind(self, place: Place) -> Hashable:
+        """What of its place a site's pattern depends on. Sites of equal kinds and roles act alike.
+
+        Give few kinds (up to four): under torch.compile each is a graph of its own.
+        """
+        return None
+
+    def heads(self, at: At, heads: int) -> tuple[int, ...] | None:
+        """Entry of a PerHead pattern for every head; None where all heads have one pattern."""
+        return None
+
+    def why_not(self, layout: Layout, role: str = "joint") -> str | None:
         """Why calls with this layout must run dense, or None."""
         if any(segment.kind == "reference" for segment in layout.segments):
             return f"{self.name} has no rule for reference pictures"
@@ -37,17 +114,44 @@ class Method(ABC):
         """
         return 1.0
 
+    def resolved(self, subject: Subject) -> Self:
+        """This method with every setting that was left to the model filled in for it.
+
+        Raises:
+            ConfigError: the method does not fit the model; says which do.
+        """
+        return self
+
+    def load(self, subject: Subject, places: Mapping[str, Place]) -> Loaded | None:
+        """Put weights or adapters on the model, where the method has any; called when it is applied.
+
+        Raises:
+            ConfigError: weights that do not fit the model or the settings; the model is unchanged then.
+        """
+        return None
+
+    @classmethod
+    def preset(cls, model: str, **changes: Any) -> Self:
+        """The settings published for a model, with changes.
+
+        Raises:
+            ConfigError: nothing was published for a model of that name.
+        """
+        if model not in cls.presets:
+            raise ConfigError(unknown_name(f"{cls.name} preset", str(model), cls.presets))
+        return cls(**{**cls.presets[model], **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON data: {"method": name, "version": n, ...}."""
-        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        settings = {key: _listed(value) for key, value in asdict(self).items()}
         return {"method": self.name, "version": self.version, **settings}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The method `to_dict` described; settings that are left out keep their defaults.
+        """The method `to_dict` described; settings that are left out keep their defaults, or those of "preset".
 
         Raises:
-            ConfigError: an unknown method, version or setting, another method than this class, or a bad value.
+            ConfigError: an unknown method, version, preset or setting, another method than this class, or a bad value.
         """
         settings = dict(data)
         chosen = cls._named(settings.pop("method", None))
@@ -56,11 +160,13 @@ class Method(ABC):
             raise ConfigError(
                 f"{chosen.name} version={version!r} is not allowed; this release reads version {chosen.version}."
             )
+        preset = settings.pop("preset", None)
         known = [field.name for field in fields(chosen)]
         for key in settings:
             if key not in known:
                 raise ConfigError(unknown_name(f"setting of {chosen.name}", str(key), known))
-        return chosen(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+        settings = {key: _tupled(value) for key, value in settings.items()}
+        return chosen(**settings) if preset is None else chosen.preset(preset, **settings)
 
     @classmethod
     def _named(cls, name: Any) -> type[Self]:
@@ -70,3 +176,11 @@ class Method(ABC):
         if not issubclass(chosen, cls):
             raise ConfigError(f"method={name!r} is not {cls.__name__}; read it with Method.from_dict.")
         return chosen
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

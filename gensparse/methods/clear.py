@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from gensparse.errors import ConfigError
 from gensparse.layout import Layout
-from gensparse.methods.base import Method
+from gensparse.methods.base import START, At, Method
 from gensparse.methods.checks import flag, whole
 from gensparse.patterns import Disc, Pattern, Pooled, Text
 
@@ -40,7 +40,7 @@ class Clear(Method):
         whole(self.name, "down_factor", self.down_factor)
         flag(self.name, "proportional", self.proportional)
 
-    def pattern(self, layout: Layout) -> Pattern:
+    def pattern(self, layout: Layout, at: At = START) -> Pattern:
         local = Disc(self.radius) | Text()
         if self.down_factor == 1:
             return local

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from gensparse import patterns
 from gensparse.layout import Layout
-from gensparse.methods.base import Method
+from gensparse.methods.base import START, At, Method
 from gensparse.patterns import Pattern, Text
 
 
@@ -39,7 +39,7 @@ class Neighborhood(Method):
         for field in fields(self):
             object.__setattr__(self, field.name, getattr(checked, field.name))
 
-    def pattern(self, layout: Layout) -> Pattern:
+    def pattern(self, layout: Layout, at: At = START) -> Pattern:
         return (self._geometry() | Text()).clamped(layout.grid)
 
     def _geometry(self) -> patterns.Neighborhood:

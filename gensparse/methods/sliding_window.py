@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gensparse.layout import Layout
-from gensparse.methods.base import Method
+from gensparse.methods.base import START, At, Method
 from gensparse.patterns import Box, Pattern, Text
 
 
@@ -26,5 +26,5 @@ class SlidingWindow(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "radius", Box(self.radius).radius)
 
-    def pattern(self, layout: Layout) -> Pattern:
+    def pattern(self, layout: Layout, at: At = START) -> Pattern:
         return (Box(self.radius) | Text()).clamped(layout.grid)

@@ -8,59 +8,79 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gensparse.attention import choose, sparse_attention
+from gensparse.attention import Sources, choose, sparse_attention
 from gensparse.errors import LayoutMismatchError
-from gensparse.plan import Plan
+from gensparse.layout import Layout
+from gensparse.plan import ClusterPlan, Plan, RouteContext, RoutedPlan
 from gensparse.processors.masks import key_bias
+from gensparse.processors.operators import Operator, OperatorCall
 
 SPARSE = "sparse"
 
+AnyPlan = Plan | RoutedPlan | ClusterPlan
 
-@dataclass(frozen=True)
-class Call:
-    """What all sites of a model do during one denoiser call.
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Sparse attention of calls (or samples) with one layout: a plan, or an operator in its place."""
+
+    layout: Layout
+    plan: AnyPlan | None = None
+    operator: Operator | None = None
+    groups: Tensor | None = None  # int [1, H], entry of the plan's menu for every head
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Action:
+    """What the sites that act alike do during one denoiser call.
 
     Args:
-        plan: which keys every query sees; None runs dense.
-        tokens: length of the sequence the plan is for.
-        reason: why the call is dense when there is no plan.
+        works: one for the whole batch, or several where samples differ in length; empty runs dense.
+        reason: why the calls are dense without works.
         gain: factor on the logits (1 leaves the scale of the model).
         strict: raise instead of running dense for a reason nobody asked for.
+        step: of the denoising run.
+        seed: of methods that choose at random.
     """
 
-    plan: Plan | None
-    tokens: int = 0
+    works: tuple[Work, ...] = ()
     reason: str = ""
     gain: float = 1.0
     strict: bool = False
+    step: int = 0
+    seed: int = 0
 
 
-class CallSlot:
-    """The current `Call` of a model, shared by its sites: of the running thread, else of the last one that had any.
+class ActionSlot:
+    """The current `Action` of sites that act alike: of the running thread, else of the last one that had any.
 
     The second case is backpropagation, which recomputes checkpointed blocks in a thread of its own.
     """
 
     def __init__(self) -> None:
-        self._own = _OwnCall()
-        self._last: Call | None = None
+        self._own = _OwnAction()
+        self._last: Action | None = None
 
-    def put(self, call: Call) -> None:
+    def put(self, action: Action) -> None:
         """What this thread's calls do from now on."""
-        self._own.call = self._last = call
+        self._own.action = self._last = action
 
-    def get(self) -> Call | None:
-        """The current call, None before the first."""
-        own = self._own.call
+    def get(self) -> Action | None:
+        """The current action, None before the first."""
+        own = self._own.action
         return self._last if own is None else own
 
-    def __reduce__(self) -> "tuple[type[CallSlot], tuple[()]]":
-        return CallSlot, ()
+    def __reduce__(self) -> "tuple[type[ActionSlot], tuple[()]]":
+        return ActionSlot, ()
 
 
-class _OwnCall(threading.local):
+class _OwnAction(threading.local):
     def __init__(self) -> None:
-        self.call: Call | None = None
+        self.action: Action | None = None
 
 
 class Site:
@@ -68,19 +88,24 @@ class Site:
 
     Args:
         name: full name of the module in its model.
-        slot: where the model's pre-hook puts the current call.
+        slot: where the model's pre-hook puts the current action; None for a module that is no site of the method and
+            only shares its processor with one.
+        layer: number of the site in the model.
         pinned: why this site always runs dense, or None.
-        held: whether the site's processor has been sparse, so that it must stay so.
 
-    `backend` is the one of the last sparse call. `outcome` is written by every call and collected by the pre-hook of
-    the next one; it is never read in between, so that compiled blocks need not be compiled again for it.
+    `held` says whether the site's processor has been sparse, so that it must stay so. `sources` are weights of key
+    sources that belong to this site. `backend` is the one of the last sparse call. `outcome` is written by every call
+    and collected by the pre-hook of the next one; it is never read in between, so that compiled blocks need not be
+    compiled again for it.
     """
 
-    def __init__(self, name: str, slot: CallSlot, pinned: str | None = None) -> None:
+    def __init__(self, name: str, slot: ActionSlot | None, layer: int = 0, pinned: str | None = None) -> None:
         self.name = name
         self.slot = slot
+        self.layer = layer
         self.pinned = pinned
         self.held = False
+        self.sources: Sources | None = None
         self.outcome: str | None = None
         self.backend: str | None = None
 
@@ -93,52 +118,118 @@ class Site:
         scale: float | None,
         dense: Callable[[], Tensor],
         refused: str | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current call, else `dense()`.
+        """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current action, else `dense()`.
 
         Calls whose keys are others than the queries (cross attention, image prompts) are not this site's business.
 
         Args:
             mask: as scaled_dot_product_attention takes it; over keys it joins the sparse call.
             refused: why the arguments rule out a sparse call.
+            hidden: input of the attention module.
 
         Raises:
-            LayoutMismatchError: the model is strict and the call does not fit its plan.
+            LayoutMismatchError: the method is strict and the call does not fit its layout.
         """
-        if k.shape[1] != q.shape[1]:
+        if self.slot is None or k.shape[1] != q.shape[1]:
             return dense()
-        call = self.slot.get()
-        if call is None or call.plan is None or self.pinned is not None:
-            self.outcome = self.pinned or (call.reason if call else "called outside the model's forward")
+        action = self.slot.get()
+        if action is None or not action.works or self.pinned is not None:
+            self.outcome = self.pinned or (action.reason if action else "called outside the model's forward")
             return dense()
-        misfit = refused or _misfit(call, call.plan, q, mask)
-        if misfit is not None:
-            self._refuse(call, misfit)
+        works = _works_of(action, q)
+        misfit = refused or (_misfit(action, q) if works is None else _unmaskable(works, mask))
+        if works is None or misfit is not None:
+            self._refuse(action, misfit or "")
             return dense()
         self.outcome = SPARSE
-        return self._sparse(q, k, v, call.plan, None if mask is None else key_bias(mask), scale, call.gain)
+        bias = None if mask is None else key_bias(mask)
+        return self._sparse(q, k, v, action, works, bias, scale, dense, hidden)
 
     @torch.compiler.disable  # CPU backends look at values, which a traced graph cannot
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None, scale: float | None, gain: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        action: Action,
+        works: tuple[Work, ...],
+        bias: Tensor | None,
+        scale: float | None,
+        dense: Callable[[], Tensor],
+        hidden: Tensor | None,
     ) -> Tensor:
-        self.backend = choose(plan, q)
-        return sparse_attention(q, k, v, plan, scale=_scaled(scale, q.shape[-1], gain), key_bias=bias)
+        scale = _scaled(scale, q.shape[-1], action.gain)
+        if len(works) == 1:
+            return self._attend(q, k, v, works[0], action, bias, scale, dense, hidden)
+        out = torch.zeros_like(q)  # what lies behind the tokens of a sample is padding
+        for index, work in enumerate(works):
+            part = (slice(index, index + 1), slice(work.tokens))
+            own = None if bias is None else bias[index if bias.shape[0] > 1 else 0][None, :, : work.tokens]
 
-    def _refuse(self, call: Call, reason: str) -> None:
-        if call.strict:
+            def own_dense(part: tuple[slice, slice] = part) -> Tensor:
+                return dense()[part]
+
+            own_hidden = None if hidden is None else hidden[part]
+            out[part] = self._attend(q[part], k[part], v[part], work, action, own, scale, own_dense, own_hidden)
+        return out
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        work: Work,
+        action: Action,
+        bias: Tensor | None,
+        scale: float | None,
+        dense: Callable[[], Tensor],
+        hidden: Tensor | None,
+    ) -> Tensor:
+        if work.operator is not None:
+            self.backend = work.operator.key()
+            call = OperatorCall(work.layout, hidden, scale, bias, self.layer, action.step, dense)
+            return work.operator.attend(q, k, v, call)
+        plan = work.plan
+        assert plan is not None, "a work has a plan or an operator"
+        if not isinstance(plan, Plan):
+            self.backend = "routed"
+            ctx = RouteContext(action.seed, self.layer, action.step)
+            return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, ctx=ctx)
+        self.backend = choose(plan, q)
+        return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, sources=self.sources, groups=work.groups)
+
+    def _refuse(self, action: Action, reason: str) -> None:
+        if action.strict:
             raise LayoutMismatchError(f"{self.name}: {reason}; pass strict=False to run such calls dense.")
         self.outcome = reason
 
 
-def _misfit(call: Call, plan: Plan, q: Tensor, mask: Tensor | None) -> str | None:
-    if q.shape[1] != call.tokens:
-        return f"got {q.shape[1]} tokens, but the layout of the model's call has {call.tokens}"
+def _works_of(action: Action, q: Tensor) -> tuple[Work, ...] | None:
+    """The works of a call: the one of all samples, one per sample, or the one with as many tokens as the call.
+
+    The last are models that call attention sample by sample, without padding.
+    """
+    works = action.works
+    if len(works) == 1:
+        return works if works[0].tokens == q.shape[1] else None
+    if q.shape[0] == len(works) and max(work.tokens for work in works) <= q.shape[1]:
+        return works
+    return next(((work,) for work in works if q.shape[0] == 1 and work.tokens == q.shape[1]), None)
+
+
+def _misfit(action: Action, q: Tensor) -> str:
+    expected = " or ".join(str(tokens) for tokens in sorted({work.tokens for work in action.works}))
+    return f"got {q.shape[1]} tokens, but the layout of the model's call has {expected}"
+
+
+def _unmaskable(works: tuple[Work, ...], mask: Tensor | None) -> str | None:
     if mask is None:
         return None
     if key_bias(mask) is None:
         return "the attention mask differs from query to query"
-    if plan.sources:
+    if any(work.plan is not None and work.plan.sources for work in works):
         return "an attention mask does not cover pooled keys"
     return None
 

@@ -27,10 +27,11 @@ _BASE = "_gensparse_base"
 
 
 class _Running(threading.local):
-    """The site whose processor runs in this thread; read by the redirected call, which cannot see the module."""
+    """The site whose processor runs in this thread and its input; the redirected call cannot see the module."""
 
     def __init__(self) -> None:
         self.site: Site | None = None
+        self.hidden: Tensor | None = None
 
 
 _RUNNING = _Running()
@@ -75,12 +76,12 @@ def sparse_variant(cls: type) -> type:
     redirected = _redirect(original)
 
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        previous = _RUNNING.site
-        _RUNNING.site = _site_of(attn)
+        previous = _RUNNING.site, _RUNNING.hidden
+        _RUNNING.site, _RUNNING.hidden = _site_of(attn), args[0] if args else kwargs.get("hidden_states")
         try:
             return redirected(self, attn, *args, **kwargs)
         finally:
-            _RUNNING.site = previous
+            _RUNNING.site, _RUNNING.hidden = previous
 
     # attention modules drop the keyword arguments that are not in the signature of their processor
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -129,7 +130,7 @@ def _dispatch_to_site(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
         mask = _compat.widened_mask(attn_mask, query.shape[0], key.shape[1])
         refused = _compat.refusal(dropout_p, is_causal, options)
-        return _running_site().attend(query, key, value, mask, scale, dense, refused)
+        return _running_site().attend(query, key, value, mask, scale, dense, refused, _RUNNING.hidden)
 
     return attend
 
@@ -154,7 +155,7 @@ def _sdpa_to_site(
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     refused = _compat.refusal(dropout_p, is_causal, {})
-    return _running_site().attend(q, k, v, attn_mask, scale, dense, refused).transpose(1, 2)
+    return _running_site().attend(q, k, v, attn_mask, scale, dense, refused, _RUNNING.hidden).transpose(1, 2)
 
 
 def _running_site() -> Site:

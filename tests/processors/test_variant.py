@@ -12,7 +12,7 @@ from diffusers.models import attention_processor as legacy
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 from gensparse.errors import UnsupportedProcessorError
-from gensparse.processors.site import Call, CallSlot, Site
+from gensparse.processors.site import Action, ActionSlot, Site
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
 CLASSES = [
@@ -82,9 +82,9 @@ def test_a_sparse_processor_in_an_unprepared_module_raises_instead_of_running_de
         attn(torch.randn(1, 4, 8))
 
 
-def attention_with_site(call: Call) -> legacy.Attention:
+def attention_with_site(call: Action) -> legacy.Attention:
     attn = legacy.Attention(query_dim=8, heads=2, dim_head=4).eval()
-    slot = CallSlot()
+    slot = ActionSlot()
     slot.put(call)
     setattr(attn, SITE, Site("attn", slot))
     return attn
@@ -92,7 +92,7 @@ def attention_with_site(call: Call) -> legacy.Attention:
 
 @torch.no_grad()
 def test_dense_calls_of_a_variant_are_bit_equal_and_say_why() -> None:
-    attn, hidden = attention_with_site(Call(None, reason="dense step")), torch.randn(2, 9, 8)
+    attn, hidden = attention_with_site(Action(reason="dense step")), torch.randn(2, 9, 8)
     expected = attn(hidden)
     make_sparse(attn.processor)
     assert torch.equal(attn(hidden), expected)
@@ -101,7 +101,7 @@ def test_dense_calls_of_a_variant_are_bit_equal_and_say_why() -> None:
 
 @torch.no_grad()
 def test_cross_attention_passes_through_and_is_not_counted() -> None:
-    attn, hidden, text = attention_with_site(Call(None, reason="never")), torch.randn(2, 9, 8), torch.randn(2, 5, 8)
+    attn, hidden, text = attention_with_site(Action(reason="never")), torch.randn(2, 9, 8), torch.randn(2, 5, 8)
     expected = attn(hidden, encoder_hidden_states=text)
     make_sparse(attn.processor)
     assert torch.equal(attn(hidden, encoder_hidden_states=text), expected)
@@ -110,7 +110,7 @@ def test_cross_attention_passes_through_and_is_not_counted() -> None:
 
 @torch.no_grad()
 def test_nothing_outside_the_processor_is_patched() -> None:
-    sdpa, attn = F.scaled_dot_product_attention, attention_with_site(Call(None, reason="x"))
+    sdpa, attn = F.scaled_dot_product_attention, attention_with_site(Action(reason="x"))
     make_sparse(attn.processor)
     attn(torch.randn(1, 4, 8))
     assert F.scaled_dot_product_attention is sdpa is legacy.F.scaled_dot_product_attention
