@@ -59,6 +59,15 @@ def normal(seed: int) -> Callable[..., torch.Tensor]:
     return draw
 
 
+def ragged_mask(batch: int, text: int) -> torch.Tensor:
+    """[batch, text], true for text that is not padding: all of it in the first sample, 2 tokens less in each further.
+
+    At least one token is left.
+    """
+    lengths = (text - 2 * torch.arange(batch)).clamp(min=1)
+    return torch.arange(text) < lengths[:, None]
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level tokens without merges: one token per letter."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
