@@ -12,6 +12,23 @@ from gensparse.errors import ConfigError
 
 IMAGES = {
     "flux": "gensparse.testing.tiny.flux",
+    "flux_kontext": "gensparse.testing.tiny.flux_kontext",
+    "chroma": "gensparse.testing.tiny.chroma",
+    "flux2": "gensparse.testing.tiny.flux2",
+    "sd15": "gensparse.testing.tiny.sd15",
+    "sdxl": "gensparse.testing.tiny.sdxl",
+    "sd3": "gensparse.testing.tiny.sd3",
+    "sd35": "gensparse.testing.tiny.sd35",
+    "pixart": "gensparse.testing.tiny.pixart",
+    "auraflow": "gensparse.testing.tiny.auraflow",
+    "qwenimage": "gensparse.testing.tiny.qwenimage",
+    "lumina2": "gensparse.testing.tiny.lumina2",
+    "cogview4": "gensparse.testing.tiny.cogview4",
+    "cogview3plus": "gensparse.testing.tiny.cogview3plus",
+    "zimage": "gensparse.testing.tiny.zimage",
+    "hunyuanimage": "gensparse.testing.tiny.hunyuanimage",
+    "sana": "gensparse.testing.tiny.sana",
+    "hidream": "gensparse.testing.tiny.hidream",
 }
 """Families of pictures -> their modules."""
 

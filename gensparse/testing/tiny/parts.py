@@ -2,7 +2,7 @@
 
 import json
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,6 +68,12 @@ def ragged_mask(batch: int, text: int) -> torch.Tensor:
     return torch.arange(text) < lengths[:, None]
 
 
+def text_mask(text: int, batch: int, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    """bool [batch, text]: which text tokens are valid; `lengths` holds their number for each sample, else all are."""
+    counts = torch.full((batch,), text) if lengths is None else torch.tensor(lengths)
+    return torch.arange(text) < counts[:, None]
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level tokens without merges: one token per letter."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -94,23 +100,36 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer(
-    *, bos: str | None = "<|begin_of_text|>", eos: str = "<|end_of_text|>", pad: str = "<|pad|>", **more: Any
+    *,
+    bos: str | None = "<|begin_of_text|>",
+    eos: str = "<|end_of_text|>",
+    pad: str = "<|pad|>",
+    special: Sequence[str] = (),
+    template: str = "",
+    **more: Any,
 ) -> PreTrainedTokenizerFast:
-    """The kind of Llama, Qwen and GLM: byte-level BPE without merges, `bos` in front where there is one.
+    """The kind of Llama, Qwen and GLM: byte-level BPE, one token per byte, `bos` in front where there is one.
 
     Args:
-        more: further arguments of the tokenizer, such as `chat_template`, `padding_side` or `extra_special_tokens`.
+        special: further special tokens, such as those of a chat template.
+        template: text whose words, leading spaces included, are one token each. A pipeline that drops a fixed number
+            of tokens of its prompt template needs the template to have as many here as with the real tokenizer.
+        more: further arguments of the tokenizer, such as `chat_template` or `padding_side`.
     """
-    extra = more.get("extra_special_tokens", [])
-    special = list(dict.fromkeys(token for token in (bos, eos, pad, *extra) if token))
-    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks = list(dict.fromkeys(token for token in (bos, eos, pad, *special) if token))
+    # each word grows letter by letter from its start
+    whole = [word for word, _ in split.pre_tokenize_str(template)]
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in whole for end in range(1, len(word))))
+    vocabulary = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(start + letter for start, letter in merges)]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(vocabulary)}, merges))
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
-    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"model_max_length": 256, **names, **more})
+    tokenizer.add_special_tokens(marks)
+    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "model_max_length": 512}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, **more})
 
 
 def clip_encoder(
@@ -156,8 +175,8 @@ def t5_encoder(
         return model(config).eval()
 
 
-def tiny_vae(*, latent_channels: int = 4, seed: int = 0, **more: Any) -> AutoencoderKL:
-    """An autoencoder with 2 pixels per latent cell and axis.
+def tiny_vae(*, latent_channels: int = 4, levels: int = 2, seed: int = 0, **more: Any) -> AutoencoderKL:
+    """An autoencoder with 2 pixels per latent cell and axis, or 2^(levels - 1).
 
     Args:
         more: further or other arguments of `AutoencoderKL`.
@@ -165,12 +184,12 @@ def tiny_vae(*, latent_channels: int = 4, seed: int = 0, **more: Any) -> Autoenc
     settings = {
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": (8, 16),
+        "block_out_channels": (8, *(16,) * (levels - 1)),
         "layers_per_block": 1,
         "latent_channels": latent_channels,
         "norm_num_groups": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
         "sample_size": 32,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
