@@ -82,6 +82,8 @@ def test_padding_of_the_text_is_not_heard(name: str) -> None:
     arguments = tiny_inputs(name, (1, 3, 4))
     text, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
     assert mask.sum(dim=1).tolist() == [5, 3]
+    chosen = tiny_inputs(name, (1, 1, 1), lengths=(2, 5))["encoder_attention_mask"]
+    assert chosen.sum(dim=1).tolist() == [2, 5]
     other_padding = {**arguments, "encoder_hidden_states": torch.where(mask[..., None], text, text + 1.0)}
     outputs = [output(denoiser(name), each) for each in (arguments, other_padding)]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)

@@ -1,5 +1,6 @@
 """HunyuanVideo: double and single blocks over video and text together, text last and of each sample's own length."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from diffusers import (
 )
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from gensparse.testing.tiny.language import decoder_settings
 from gensparse.testing.tiny.parts import (
     WIDTH,
     byte_tokenizer,
     clip_encoder,
     clip_tokenizer,
     normal,
-    ragged_mask,
+    ragged_lengths,
     seeded,
+    text_mask,
     with_noise,
 )
 
@@ -62,14 +65,27 @@ def denoiser(*, seed: int = 0, **more: Any) -> HunyuanVideoTransformer3DModel:
         return with_noise(HunyuanVideoTransformer3DModel(**{**sizes, **more})).eval()
 
 
-def inputs(frames: int, height: int, width: int, *, text: int = 5, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Arguments of the denoiser for a grid of frames x height x width tokens; the second text is 2 tokens shorter."""
+def inputs(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    text: int = 5,
+    batch: int = 2,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Arguments of the denoiser for a grid of frames x height x width tokens.
+
+    Args:
+        lengths: text tokens of each sample that are not padding; without it, 2 less in the second sample.
+    """
     draw = normal(seed)
     return {
         "hidden_states": draw(batch, LATENTS, frames, 2 * height, 2 * width),
         "timestep": torch.full((batch,), 500.0),
         "encoder_hidden_states": draw(batch, text, WIDTH),
-        "encoder_attention_mask": ragged_mask(batch, text),
+        "encoder_attention_mask": text_mask(text, batch, lengths or ragged_lengths(text, batch)),
         "pooled_projections": draw(batch, WIDTH),
         "guidance": torch.full((batch,), 6000.0),
     }
@@ -101,16 +117,6 @@ def hunyuan_vae(*, seed: int = 0) -> AutoencoderKLHunyuanVideo:
 
 def _llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaModel:
     # the pipeline leaves out the last 2 layers
-    config = LlamaConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=3,
-        max_position_embeddings=512,
-    )
+    config = LlamaConfig(**decoder_settings(tokenizer, layers=3))
     with seeded(seed):
         return LlamaModel(config).eval()

@@ -1,5 +1,6 @@
 """HunyuanVideo 1.5: double blocks over video and three kinds of text, each sample's padding last."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from diffusers.guiders import ClassifierFreeGuidance
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from gensparse.testing.tiny.parts import WIDTH, byte_tokenizer, normal, ragged_mask, seeded, t5_encoder, with_noise
+from gensparse.testing.tiny.language import decoder_settings, qwen_tokenizer
+from gensparse.testing.tiny.parts import WIDTH, normal, ragged_lengths, seeded, t5_encoder, text_mask, with_noise
 
 LATENTS = 4
 """Latent channels of the autoencoder."""
@@ -27,7 +29,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 def pipeline(*, seed: int = 0) -> HunyuanVideo15Pipeline:
     """A HunyuanVideo 1.5 pipeline: 4 pixels per token and axis, 2 frames per token after the first frame."""
-    qwen, byt5 = byte_tokenizer(bos=None, chat_template=TEMPLATE), ByT5Tokenizer()
+    qwen, byt5 = qwen_tokenizer(chat_template=TEMPLATE), ByT5Tokenizer()
     pipe = HunyuanVideo15Pipeline(
         text_encoder=_qwen(qwen, seed),
         tokenizer=qwen,
@@ -70,7 +72,15 @@ def denoiser(*, seed: int = 0, **more: Any) -> HunyuanVideo15Transformer3DModel:
 
 
 def inputs(
-    frames: int, height: int, width: int, *, text: int = 5, batch: int = 2, seed: int = 0, image: bool = False
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    text: int = 5,
+    batch: int = 2,
+    seed: int = 0,
+    image: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Arguments of the denoiser for a grid of frames x height x width tokens.
 
@@ -79,15 +89,16 @@ def inputs(
 
     Args:
         image: whether there is an image; its tokens are padding otherwise.
+        lengths: text tokens of each sample that are not padding, instead of 2 less in the second.
     """
     draw = normal(seed)
     return {
         "hidden_states": draw(batch, 2 * LATENTS + 1, frames, height, width),
         "timestep": torch.full((batch,), 500.0),
         "encoder_hidden_states": draw(batch, text, WIDTH),
-        "encoder_attention_mask": ragged_mask(batch, text),
+        "encoder_attention_mask": text_mask(text, batch, lengths or ragged_lengths(text, batch)),
         "encoder_hidden_states_2": draw(batch, GLYPHS, WIDTH),
-        "encoder_attention_mask_2": ragged_mask(batch, GLYPHS),
+        "encoder_attention_mask_2": text_mask(GLYPHS, batch, ragged_lengths(GLYPHS, batch)),
         "image_embeds": draw(batch, IMAGE, WIDTH) if image else torch.zeros(batch, IMAGE, WIDTH),
     }
 
@@ -120,17 +131,8 @@ def _vae(seed: int) -> AutoencoderKLHunyuanVideo15:
 
 def _qwen(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLTextModel:
     # the pipeline leaves out the last 2 layers
-    config = Qwen2_5_VLTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=3,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    settings = decoder_settings(tokenizer, layers=3)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, settings.pop("head_dim") // 2 - 2]}
+    config = Qwen2_5_VLTextConfig(**settings, rope_parameters=rope)
     with seeded(seed):
         return Qwen2_5_VLTextModel(config).eval()

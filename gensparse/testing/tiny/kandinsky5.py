@@ -4,27 +4,19 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from gensparse.testing.tiny.hunyuan_video import LATENTS, hunyuan_vae
-from gensparse.testing.tiny.parts import (
-    WIDTH,
-    byte_tokenizer,
-    clip_encoder,
-    clip_tokenizer,
-    normal,
-    seeded,
-    with_noise,
-)
+from gensparse.testing.tiny.language import qwen_tokenizer, qwen_vl_encoder
+from gensparse.testing.tiny.parts import WIDTH, clip_encoder, clip_tokenizer, normal, seeded, with_noise
 
 
 def pipeline(*, seed: int = 0) -> Kandinsky5T2VPipeline:
     """A Kandinsky 5 pipeline: 16 pixels per token and axis, 4 frames per token after the first frame."""
-    qwen, clip = byte_tokenizer(bos=None), clip_tokenizer()
+    qwen, clip = qwen_tokenizer(), clip_tokenizer()
     pipe = Kandinsky5T2VPipeline(
         transformer=denoiser(seed=seed),
         vae=hunyuan_vae(seed=seed),
-        text_encoder=_qwen(qwen, seed),
+        text_encoder=qwen_vl_encoder(qwen, seed=seed),
         tokenizer=qwen,
         text_encoder_2=clip_encoder(clip, seed=seed),
         tokenizer_2=clip,
@@ -83,30 +75,3 @@ def call() -> dict[str, Any]:
         "max_sequence_length": 16,
         "output_type": "latent",
     }
-
-
-def _qwen(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": WIDTH,
-            "intermediate_size": 37,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_hidden_layers": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-            **special,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "fullatt_block_indexes": [0],
-        },
-        **special,
-    )
-    with seeded(seed):
-        return Qwen2_5_VLForConditionalGeneration(config).eval()

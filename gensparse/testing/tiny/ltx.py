@@ -1,5 +1,6 @@
 """LTX-Video: self-attention over packed video tokens, cross-attention to the text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
-from gensparse.testing.tiny.parts import WIDTH, normal, ragged_mask, seeded, t5_encoder, t5_tokenizer, with_noise
+from gensparse.testing.tiny.parts import (
+    WIDTH,
+    normal,
+    ragged_lengths,
+    seeded,
+    t5_encoder,
+    t5_tokenizer,
+    text_mask,
+    with_noise,
+)
 
 LATENTS = 8
 """Latent channels of the autoencoder."""
@@ -50,14 +60,27 @@ def denoiser(*, seed: int = 0, **more: Any) -> LTXVideoTransformer3DModel:
         return with_noise(LTXVideoTransformer3DModel(**{**sizes, **more})).eval()
 
 
-def inputs(frames: int, height: int, width: int, *, text: int = 5, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Arguments of the denoiser for a grid of frames x height x width tokens; the second text is 2 tokens shorter."""
+def inputs(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    text: int = 5,
+    batch: int = 2,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Arguments of the denoiser for a grid of frames x height x width tokens.
+
+    Args:
+        lengths: text tokens of each sample that are not padding; without it, 2 less in the second sample.
+    """
     draw = normal(seed)
     return {
         "hidden_states": draw(batch, frames * height * width, LATENTS),
         "encoder_hidden_states": draw(batch, text, WIDTH),
         "timestep": torch.full((batch,), 500.0),
-        "encoder_attention_mask": ragged_mask(batch, text),
+        "encoder_attention_mask": text_mask(text, batch, lengths or ragged_lengths(text, batch)),
         "num_frames": frames,
         "height": height,
         "width": width,

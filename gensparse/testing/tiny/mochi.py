@@ -1,11 +1,21 @@
 """Mochi: video and text together, text last; attention runs sample by sample, without the padding of the text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 
-from gensparse.testing.tiny.parts import WIDTH, normal, ragged_mask, seeded, t5_encoder, t5_tokenizer, with_noise
+from gensparse.testing.tiny.parts import (
+    WIDTH,
+    normal,
+    ragged_lengths,
+    seeded,
+    t5_encoder,
+    t5_tokenizer,
+    text_mask,
+    with_noise,
+)
 
 LATENTS = 12
 """Latent channels of the autoencoder."""
@@ -51,14 +61,27 @@ def denoiser(*, seed: int = 0, **more: Any) -> MochiTransformer3DModel:
         return with_noise(MochiTransformer3DModel(**{**sizes, **more})).eval()
 
 
-def inputs(frames: int, height: int, width: int, *, text: int = 5, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Arguments of the denoiser for a grid of frames x height x width tokens; the second text is 2 tokens shorter."""
+def inputs(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    text: int = 5,
+    batch: int = 2,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Arguments of the denoiser for a grid of frames x height x width tokens.
+
+    Args:
+        lengths: text tokens of each sample that are not padding; without it, 2 less in the second sample.
+    """
     draw = normal(seed)
     return {
         "hidden_states": draw(batch, LATENTS, frames, 2 * height, 2 * width),
         "encoder_hidden_states": draw(batch, text, WIDTH),
         "timestep": torch.full((batch,), 500.0),
-        "encoder_attention_mask": ragged_mask(batch, text),
+        "encoder_attention_mask": text_mask(text, batch, lengths or ragged_lengths(text, batch)),
     }
 
 

@@ -59,13 +59,9 @@ def normal(seed: int) -> Callable[..., torch.Tensor]:
     return draw
 
 
-def ragged_mask(batch: int, text: int) -> torch.Tensor:
-    """[batch, text], true for text that is not padding: all of it in the first sample, 2 tokens less in each further.
-
-    At least one token is left.
-    """
-    lengths = (text - 2 * torch.arange(batch)).clamp(min=1)
-    return torch.arange(text) < lengths[:, None]
+def ragged_lengths(text: int, batch: int) -> list[int]:
+    """A number of valid text tokens for each sample: all in the first, 2 less in each further, but at least one."""
+    return [max(text - 2 * sample, 1) for sample in range(batch)]
 
 
 def text_mask(text: int, batch: int, lengths: Sequence[int] | None = None) -> torch.Tensor:
