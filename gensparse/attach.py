@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 _ATTACHMENT = "_gensparse"
 _DENOISERS = ("transformer", "transformer_2", "unet")
-_RECENT = 16  # works a model keeps at hand: kinds of sites times layouts of a run
+_RECENT = 256  # works a model keeps at hand: kinds of sites (layers, at most) times layouts of a run
 
 
 def apply(
@@ -329,7 +329,7 @@ class Attachment:
         return Action(reason=reason)
 
     def _work(self, what: Pattern | Operator, layout: Layout, at: At, heads: int, device: torch.device) -> Work:
-        chosen = self.method.heads(at, heads)
+        chosen = self.method.heads(at._replace(layout=layout), heads)
         key = (what, layout, chosen, device)
         work = self._works.get(key)
         if work is None:

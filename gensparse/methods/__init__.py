@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gensparse.errors import ConfigError, unknown_name
+from gensparse.methods.auto import Auto
 from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Subject
 from gensparse.methods.clear import Clear
 from gensparse.methods.neighborhood import Neighborhood
 from gensparse.methods.sliding_window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
+    "auto": Auto,
     "clear": Clear,
     "neighborhood": Neighborhood,
     "sliding_window": SlidingWindow,
@@ -19,6 +21,7 @@ __all__ = [
     "METHODS",
     "START",
     "At",
+    "Auto",
     "Clear",
     "Dense",
     "Loaded",

@@ -29,13 +29,15 @@ class Place(NamedTuple):
 class At(NamedTuple):
     """Which sites, and when: the kind that `Method.kind` gave them, their role, and the step of the run.
 
-    `steps` is None where nobody knows how many there will be (a bare model without its pipeline).
+    `steps` is None where nobody knows how many there will be (a bare model without its pipeline); `layout` is that of
+    the call where `Method.heads` is asked.
     """
 
     kind: Hashable = None
     role: str = "joint"
     step: int = 0
     steps: int | None = None
+    layout: Layout | None = None
 
 
 START = At()
