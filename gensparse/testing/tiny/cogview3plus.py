@@ -21,18 +21,18 @@ def pipeline(*, seed: int = 0) -> CogView3PlusPipeline:
 
 
 def denoiser(*, seed: int = 0) -> CogView3PlusTransformer2DModel:
-    """Two blocks with 2 heads of 8, patches of 2 x 2 latent cells."""
+    """Two blocks with 2 heads of 16, patches of 2 x 2 latent cells."""
     with seeded(seed):
         model = CogView3PlusTransformer2DModel(
             patch_size=2,
             in_channels=4,
             num_layers=2,
-            attention_head_dim=8,
+            attention_head_dim=16,
             num_attention_heads=2,
             out_channels=4,
             text_embed_dim=WIDTH,
-            time_embed_dim=8,
-            condition_dim=4,
+            time_embed_dim=32,
+            condition_dim=8,
             pos_embed_max_size=32,
             sample_size=16,
         )
