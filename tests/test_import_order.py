@@ -20,6 +20,7 @@ ORDER: list[tuple[str, ...]] = [
     ("processors",),
     ("methods",),
     ("attach",),
+    ("calibrate",),
     ("pipelines",),
     ("models", "request", "image_io", "estimate", "embedded"),
     ("engine",),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gensparse import __version__
-from gensparse.cli import bench, env, generate, inspect_file, methods, models, plan, tune, upscale
+from gensparse.cli import bench, calibrate, env, generate, inspect_file, methods, models, plan, tune, upscale
 from gensparse.cli.state import FORMATS, STATE, apply_environment
 from gensparse.errors import ConfigError
 
@@ -24,6 +24,7 @@ app.command("inspect")(inspect_file.inspect_file)
 app.add_typer(models.app, name="models")
 app.add_typer(methods.app, name="methods")
 app.add_typer(bench.app, name="bench")
+app.command("calibrate")(calibrate.calibrate)
 app.command("tune")(tune.tune)
 app.command("env")(env.env)
 

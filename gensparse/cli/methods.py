@@ -28,7 +28,7 @@ def list_methods() -> None:
     if STATE.output == "json":
         output.print_json({"methods": [describe(name, cls) for name, cls in METHODS.items()]})
         return
-    rows = [("auto", "", "dense where that is cheaper, else the model's own choice"), ("dense", "", "no sparsity")]
+    rows = [("dense", "", "no sparsity")]
     rows += [(name, _defaults(cls), _summary(cls)) for name, cls in METHODS.items()]
     output.table("Methods", ("name", "defaults", "what it does"), rows)
 

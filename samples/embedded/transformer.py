@@ -35,7 +35,7 @@ SUBJECT_WEIGHT = 4.0  # of a token that shows part of a subject, against 1 for b
 # A head on the features of this block says what each token shows: shape, colour, fill and the edge on 4 x 4 points.
 # Guiding inner features by what a picture means speeds diffusion training up (REPA, Yu et al., 2025); the scenes are
 # drawn by program, so the meaning is known exactly. The head is not part of the exported model.
-MEANING_BLOCK, MEANING_WEIGHT = 2, 0.3
+MEANING_BLOCK, MEANING_WEIGHT = 2, 0.1
 CLASSES = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS}
 EDGE_POINTS = 4
 
