@@ -17,7 +17,7 @@ from gensparse.errors import ConfigError, LayoutMismatchError
 from gensparse.families import Family, Layouts, TensorMemo, family_of
 from gensparse.layout import Layout
 from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
-from gensparse.patterns import Pattern
+from gensparse.patterns import Pattern, RoutedPattern
 from gensparse.plan import build_plan
 from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
@@ -55,7 +55,8 @@ def apply(
         UnsupportedProcessorError: a processor cannot be made sparse; the model is unchanged then.
     """
     settings = Settings(as_method(method), strict, dense_steps, dense_layers)
-    attachments = [Attachment(model, settings, pipe_or_model) for model in _models(pipe_or_model)]
+    models, clock = _models(pipe_or_model), Clock()  # denoisers that take turns count the steps of one run
+    attachments = [Attachment(model, settings, pipe_or_model, clock, len(models)) for model in models]
     for attachment in attachments:
         attachment.check()
     for attachment in attachments:
@@ -174,10 +175,12 @@ class Attachment:
     It lives on the model, so a copy of the model carries its own, and no saved checkpoint shows it.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, owner: Any) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, owner: Any, clock: Clock | None = None, denoisers: int = 1
+    ) -> None:
         self.model, self.settings = model, settings
         native = _native_tokens(self.family, model, _scheduler_config(owner))
-        self.subject = Subject(self.family.name, model, native)
+        self.subject = Subject(self.family.name, model, native, denoisers)
         self.method = settings.method.resolved(self.subject)
         self.modules = _attention(model)
         self.places = _places(self.family, model, self.modules)
@@ -186,7 +189,7 @@ class Attachment:
         pinned = settings.pinned(len(self.places))
         self.slots: dict[SlotKey, ActionSlot] = {}
         self.sites = {name: self._site(name, pinned) for name in self.modules}
-        self.clock, self.memo, self.run = Clock(), TensorMemo(), _Run(owner)
+        self.clock, self.memo, self.run = clock or Clock(), TensorMemo(), _Run(owner)
         self.tally = Tally(self._counted)
         self.loaded: Loaded | None = None
         self.plan: AnyPlan | None = None
@@ -236,6 +239,7 @@ class Attachment:
                 continue
             site.held = swap
             site.sources = self.loaded.sources(self.places[name]) if self.loaded else None
+            site.notes = self.loaded.notes(self.places[name]) if self.loaded else None
             if swap:
                 make_sparse(module.processor)
         self.tally = Tally(self._counted)
@@ -312,14 +316,15 @@ class Attachment:
         reason = next(filter(None, (self.method.why_not(layout, key.role) for layout in own)), None)
         if reason is not None:
             return self._dense(reason)
-        at = At(key.kind, key.role, step, self.run.steps())
+        at = At(key.kind, key.role, step, self.run.steps(), coarseness=self.family.coarseness(key.role))
         chosen = [self.method.pattern(layout, at) for layout in own]
         stop = next((item for item in chosen if isinstance(item, Dense)), None)
         if stop is not None:
             return Action(reason=stop.reason)
         device = _device(self.model, bound)
         works = [self._work(what, layout, at, key.heads, device) for what, layout in zip(chosen, own, strict=True)]
-        gain = self.method.logit_gain(own[0], self.subject.native_tokens)
+        native = self.family.native_at(key.role, self.subject.native_tokens)
+        gain = self.method.logit_gain(own[0], native)
         seed = getattr(self.method, "seed", 0)
         return Action(tuple(works), gain=gain, strict=self.settings.strict, step=step, seed=seed)
 
@@ -328,12 +333,12 @@ class Attachment:
             raise LayoutMismatchError(f"{type(self.model).__name__} cannot run sparse: {reason}")
         return Action(reason=reason)
 
-    def _work(self, what: Pattern | Operator, layout: Layout, at: At, heads: int, device: torch.device) -> Work:
+    def _work(self, what: Pattern | RoutedPattern | Operator, layout: Layout, at: At, heads: int, device: torch.device) -> Work:
         chosen = self.method.heads(at._replace(layout=layout), heads)
         key = (what, layout, chosen, device)
         work = self._works.get(key)
         if work is None:
-            if isinstance(what, Pattern):
+            if isinstance(what, Pattern | RoutedPattern):
                 groups = None if chosen is None else torch.tensor([chosen], dtype=torch.int32, device=device)
                 work = Work(layout, plan=build_plan(what, layout, device=device), groups=groups)
             else:

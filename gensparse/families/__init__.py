@@ -13,6 +13,22 @@ from gensparse.families.base import Family, Layouts, TensorMemo
 FAMILIES = {
     "FluxTransformer2DModel": "gensparse.families.flux",
     "FluxControlNetModel": "gensparse.families.flux",
+    "UNet2DConditionModel": "gensparse.families.unet",
+    "UNetMotionModel": "gensparse.families.unet",
+    "ControlNetModel": "gensparse.families.unet",
+    "PixArtTransformer2DModel": "gensparse.families.pixart",
+    "SD3Transformer2DModel": "gensparse.families.sd3",
+    "SD3ControlNetModel": "gensparse.families.sd3",
+    "AuraFlowTransformer2DModel": "gensparse.families.auraflow",
+    "CogView4Transformer2DModel": "gensparse.families.cogview4",
+    "CogView3PlusTransformer2DModel": "gensparse.families.cogview4",
+    "HunyuanImageTransformer2DModel": "gensparse.families.hunyuanimage",
+    "HunyuanDiT2DModel": "gensparse.families.hunyuandit",
+    "HunyuanDiT2DControlNetModel": "gensparse.families.hunyuandit",
+    "HiDreamImageTransformer2DModel": "gensparse.families.hidream",
+    "SanaTransformer2DModel": "gensparse.families.sana",
+    "SanaControlNetModel": "gensparse.families.sana",
+    "SanaVideoTransformer3DModel": "gensparse.families.sana",
 }
 """Model class name -> module of its family; subclasses of a listed class belong to the same family."""
 

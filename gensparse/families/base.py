@@ -34,6 +34,8 @@ class Family:
         native_tokens: (model or pipeline, scheduler config) -> picture tokens at the size of training; ConfigError
             where nothing says it.
         ascending_time: whether the timestep argument grows during a run.
+        coarseness: role -> how many times fewer tokens per axis its sites see than `native_tokens` counts; UNets see
+            the picture at several resolutions.
         blocks: regular expression of the repeated blocks, the modules worth compiling on their own.
     """
 
@@ -43,6 +45,7 @@ class Family:
     layout_for: Callable[..., Layout]
     native_tokens: Callable[..., int]
     ascending_time: bool = False
+    coarseness: Callable[[str], int] = lambda _role: 1
     blocks: str = r"(single_)?transformer_blocks\.\d+"
 
     def timestep(self, bound: Mapping[str, Any]) -> Any:
@@ -51,10 +54,14 @@ class Family:
         Raises:
             LayoutMismatchError: the call has none.
         """
-        value = bound.get("timestep", bound.get("t"))
+        value = next((bound[name] for name in ("timestep", "timesteps", "t") if bound.get(name) is not None), None)
         if value is None:
             raise LayoutMismatchError(f"The {self.name} call has no timestep; pass it to the denoiser.")
         return -value if self.ascending_time else value
+
+    def native_at(self, role: str, native_tokens: int | None) -> int | None:
+        """Picture tokens that the sites of a role see at the size of training; None where nothing says it."""
+        return None if native_tokens is None else max(1, native_tokens // self.coarseness(role) ** 2)
 
 
 def sites_of(**patterns: str) -> Callable[[Any, Iterable[str]], dict[str, str]]:
