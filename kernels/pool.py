@@ -44,6 +44,31 @@ def pool_keys(x: Tensor, grid: Axes, cells: Axes, weights: Tensor | None, shift:
     return weighted.sum(dim=3).to(x.dtype)
 
 
+def pool_weighted(
+    x: Tensor, grid: Axes, cells: Axes, log_weight: Tensor, shift: Axes = NO_SHIFT
+) -> tuple[Tensor, Tensor]:
+    """Weighted means of the tokens of every cell, and the logarithm of the weight of every cell.
+
+    Args:
+        x: [B, F*H*W, heads, D] tokens of `grid` (F, H, W) in raster order.
+        cells, shift: as in `pool_keys`; ragged cells weight the tokens they have.
+        log_weight: [B|1, heads|1, F*H*W] logarithms, -inf leaves a token out, whatever it holds.
+
+    Returns:
+        [B, number of cells, heads, D] in the dtype of x, 0 for cells without weight; [B|1, heads|1, number of cells]
+        in fp32 or wider, -inf for those.
+    """
+    lead, tail = _margins(grid, cells, shift)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = log_weight.to(wide).transpose(1, 2)[..., None]
+    weight = _cells(weight, grid, cells, lead, tail, float("-inf"))  # [B|1, cells, heads|1, n, 1]
+    total = torch.logsumexp(weight, dim=3, keepdim=True)
+    empty = torch.isneginf(total)
+    share = torch.exp(weight - total.masked_fill(empty, 0.0))
+    tokens = _cells(x, grid, cells, lead, tail).to(wide).masked_fill(share == 0, 0.0)
+    return (tokens * share).sum(dim=3).to(x.dtype), total[..., 0, 0].transpose(1, 2)
+
+
 def cell_counts(grid: Axes, cells: Axes, shift: Axes = NO_SHIFT, device: torch.device | str = "cpu") -> Tensor:
     """Tokens of every cell, int64 [number of cells] in raster order; arguments as in `pool_keys`."""
     axes = []
@@ -128,12 +153,12 @@ def _margins(grid: Axes, cells: Axes, shift: Axes) -> tuple[list[int], list[int]
     return lead, [-(length + before) % cell for length, before, cell in zip(grid, lead, cells, strict=True)]
 
 
-def _cells(x: Tensor, grid: Axes, cells: Axes, lead: list[int], tail: list[int]) -> Tensor:
-    """[B, tokens, heads, D] as [B, number of cells, heads, prod(cells), D]."""
+def _cells(x: Tensor, grid: Axes, cells: Axes, lead: list[int], tail: list[int], fill: float = 0.0) -> Tensor:
+    """[B, tokens, heads, D] as [B, number of cells, heads, prod(cells), D]; missing tokens are `fill`."""
     batch, _, heads, dim = x.shape
     x = x.reshape(batch, *grid, heads, dim)
     if any(lead) or any(tail):
-        x = pad(x, (0, 0, 0, 0, lead[2], tail[2], lead[1], tail[1], lead[0], tail[0]))
+        x = pad(x, (0, 0, 0, 0, lead[2], tail[2], lead[1], tail[1], lead[0], tail[0]), value=fill)
     counts = [size // cell for size, cell in zip(x.shape[1:4], cells, strict=True)]
     split = [size for pair in zip(counts, cells, strict=True) for size in pair]
     x = x.reshape(batch, *split, heads, dim).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)

@@ -14,7 +14,7 @@ from gensparse.attention.dispatch import (
     run,
 )
 from gensparse.attention.routed import attend_clustered, attend_routed
-from gensparse.attention.sources import length_bias, with_sources
+from gensparse.attention.sources import biased_pools, length_bias, with_sources
 from gensparse.errors import ConfigError
 from gensparse.kernels.route import Choice, Clustering
 from gensparse.layout import Layout
@@ -27,6 +27,7 @@ __all__ = [
     "Backend",
     "Sources",
     "backends",
+    "biased_pools",
     "choose",
     "explain",
     "length_bias",

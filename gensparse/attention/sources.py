@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gensparse.attention.call import Sources
 from gensparse.errors import ConfigError
-from gensparse.kernels.pool import cell_counts, pool_keys
+from gensparse.kernels.pool import cell_counts, pool_keys, pool_weighted
 from gensparse.layout import Layout
 from gensparse.patterns.base import Source
 from gensparse.plan import Plan
@@ -59,6 +59,45 @@ def with_sources(
     made = [_source_keys(k, v, plan, source, given.get(source.name)) for source in plan.sources]
     bias = _source_bias(k, plan, key_bias)
     return torch.cat([k, *(keys for keys, _ in made)], 1), torch.cat([v, *(values for _, values in made)], 1), bias
+
+
+def biased_pools(
+    k: Tensor, v: Tensor, plan: Plan, key_bias: Tensor, sources: Sources | None = None
+) -> tuple[Sources, Tensor]:
+    """Averaged keys under a bias of the tokens they average, for a call in which that bias is a mask.
+
+    Every token counts with the exponential of its bias, as it would as an exact key: hidden tokens are not averaged,
+    and a cell of hidden tokens is hidden.
+
+    Args:
+        k, v: [B, S, H, D].
+        key_bias: [B|1, H|1, S], one for all heads where k has fewer heads than q.
+        sources: those that the caller gives; others with mean weights are made here.
+
+    Returns:
+        sources and key_bias [B|1, H|1, S + extra] for `sparse_attention`.
+
+    Raises:
+        ConfigError: a bias per head when there are fewer key heads.
+    """
+    if key_bias.shape[1] not in (1, k.shape[2]):
+        raise ConfigError(
+            f"key_bias for {key_bias.shape[1]} heads cannot weight the averages of {k.shape[2]} key heads; pass one "
+            "for all heads."
+        )
+    made, biases = dict(sources or {}), [key_bias]
+    for source in plan.sources:
+        extra = key_bias.new_zeros(*key_bias.shape[:2], source.segment.length)
+        if source.name not in made and source.weights == "mean" and source.of is not None:
+            runs, shape = plan.layout.runs(source.of), plan.layout.segments[source.of].shape
+            own = [torch.cat([x[:, first:last] for first, last in runs], 1) for x in (k, v)]
+            weight = torch.cat([key_bias[..., first:last] for first, last in runs], -1)
+            pooled = [pool_weighted(x, shape, source.cells, weight, source.shift) for x in own]
+            made[source.name] = (pooled[0][0], pooled[1][0])
+            counts = cell_counts(shape, source.cells, source.shift, k.device)
+            extra = pooled[0][1] - counts.to(pooled[0][1]).log()
+        biases.append(extra)
+    return made, torch.cat(biases, -1)
 
 
 def _source_keys(

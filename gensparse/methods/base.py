@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from gensparse.errors import ConfigError, unknown_name
 from gensparse.layout import Layout
-from gensparse.patterns import Pattern
+from gensparse.patterns import Pattern, RoutedPattern
 
 if TYPE_CHECKING:  # methods are listed and described without torch
     from torch import nn
@@ -30,7 +30,8 @@ class At(NamedTuple):
     """Which sites, and when: the kind that `Method.kind` gave them, their role, and the step of the run.
 
     `steps` is None where nobody knows how many there will be (a bare model without its pipeline); `layout` is that of
-    the call where `Method.heads` is asked.
+    the call where `Method.heads` is asked; `coarseness` is how many times fewer tokens per axis the sites have than the
+    first level of a model of several resolutions.
     """
 
     kind: Hashable = None
@@ -38,6 +39,7 @@ class At(NamedTuple):
     step: int = 0
     steps: int | None = None
     layout: Layout | None = None
+    coarseness: int = 1
 
 
 START = At()
@@ -45,11 +47,15 @@ START = At()
 
 
 class Subject(NamedTuple):
-    """The model a method is put on."""
+    """The model a method is put on.
+
+    `denoisers` is how many models of its kind take turns in a run of its pipeline (Wan 2.2: two).
+    """
 
     family: str
     model: "nn.Module"
     native_tokens: int | None = None
+    denoisers: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,10 @@ class Loaded(ABC):
 
     def sources(self, place: Place) -> "Sources | None":
         """Weights of the key sources of one site, see `sparse_attention`."""
+        return None
+
+    def notes(self, place: Place) -> Any:
+        """What the operators of one site read as `OperatorCall.notes`."""
         return None
 
     @abstractmethod
@@ -85,7 +95,7 @@ class Method(ABC):
     """Published settings by the model they were published for; `Method.preset`, "name:preset=model"."""
 
     @abstractmethod
-    def pattern(self, layout: Layout, at: At = START) -> "Pattern | Operator | Dense":
+    def pattern(self, layout: Layout, at: At = START) -> "Pattern | RoutedPattern | Operator | Dense":
         """Which key every query sees on `layout`; windows longer than the grid are shortened to it.
 
         Called for every denoiser call, so it only describes; equal patterns share one plan.

@@ -1,7 +1,7 @@
 """Operators: methods that need more than one sparse call, or more than queries, keys and values."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class OperatorCall(NamedTuple):
         key_bias: [B|1, H|1, S] added to the logits, or None.
         layer, step: numbers of the site and of the denoising step, for reproducible random choices.
         dense: computes the model's own attention, [B, S, H, D].
+        notes: what `Loaded.notes` of the method gave for this site.
     """
 
     layout: Layout
@@ -27,6 +28,7 @@ class OperatorCall(NamedTuple):
     layer: int
     step: int
     dense: Callable[[], Tensor]
+    notes: Any = None
 
 
 @runtime_checkable

@@ -4,11 +4,12 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gensparse.attention import Sources, choose, sparse_attention
+from gensparse.attention import Sources, biased_pools, choose, sparse_attention
 from gensparse.errors import LayoutMismatchError
 from gensparse.layout import Layout
 from gensparse.plan import ClusterPlan, Plan, RouteContext, RoutedPlan
@@ -94,9 +95,9 @@ class Site:
         pinned: why this site always runs dense, or None.
 
     `held` says whether the site's processor has been sparse, so that it must stay so. `sources` are weights of key
-    sources that belong to this site. `backend` is the one of the last sparse call. `outcome` is written by every call
-    and collected by the pre-hook of the next one; it is never read in between, so that compiled blocks need not be
-    compiled again for it.
+    sources that belong to this site, `notes` what its operators read. `backend` is the one of the last sparse call.
+    `outcome` is written by every call and collected by the pre-hook of the next one; it is never read in between, so
+    that compiled blocks need not be compiled again for it.
     """
 
     def __init__(self, name: str, slot: ActionSlot | None, layer: int = 0, pinned: str | None = None) -> None:
@@ -106,6 +107,7 @@ class Site:
         self.pinned = pinned
         self.held = False
         self.sources: Sources | None = None
+        self.notes: Any = None
         self.outcome: str | None = None
         self.backend: str | None = None
 
@@ -189,7 +191,7 @@ class Site:
     ) -> Tensor:
         if work.operator is not None:
             self.backend = work.operator.key()
-            call = OperatorCall(work.layout, hidden, scale, bias, self.layer, action.step, dense)
+            call = OperatorCall(work.layout, hidden, scale, bias, self.layer, action.step, dense, self.notes)
             return work.operator.attend(q, k, v, call)
         plan = work.plan
         assert plan is not None, "a work has a plan or an operator"
@@ -198,7 +200,10 @@ class Site:
             ctx = RouteContext(action.seed, self.layer, action.step)
             return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, ctx=ctx)
         self.backend = choose(plan, q)
-        return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, sources=self.sources, groups=work.groups)
+        sources = self.sources
+        if plan.sources and bias is not None:  # a mask also weights the tokens that are averaged
+            sources, bias = biased_pools(k, v, plan, bias, sources)
+        return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, sources=sources, groups=work.groups)
 
     def _refuse(self, action: Action, reason: str) -> None:
         if action.strict:
@@ -229,8 +234,8 @@ def _unmaskable(works: tuple[Work, ...], mask: Tensor | None) -> str | None:
         return None
     if key_bias(mask) is None:
         return "the attention mask differs from query to query"
-    if any(work.plan is not None and work.plan.sources for work in works):
-        return "an attention mask does not cover pooled keys"
+    if any(source.weights == "learned" for work in works if work.plan is not None for source in work.plan.sources):
+        return "an attention mask does not cover pooled keys with learned weights"
     return None
 
 
