@@ -17,6 +17,7 @@ from gensparse.errors import ModelError, unknown_name
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5")
 TRUSTED_LIBRARIES = ("diffusers", "transformers")
 MAX_JSON = 4 << 20
+OWN_FILES = ("gensparse.json", "attention_profile.json")  # what a model's folder may say to gensparse
 
 
 # ----------------------------------------------------------------------------------------------------------- registry
@@ -75,7 +76,8 @@ class ModelInfo:
     architecture: Architecture = Architecture()
     attention: str | None = None  # what `auto` uses beyond `dense_below` tokens; None: a window of the native size
     dense_below: int = 8192
-    cascade: Mapping[str, Any] = field(default_factory=dict)  # fields of highres.stages.CascadeSettings
+    cascade: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of highres.stages.CascadeSettings
+    profile: str | None = None  # attention profile in the model's folder
 
     @property
     def guidance_kind(self) -> str:
@@ -324,7 +326,8 @@ def _facts(folder: Path, name: str, index: Mapping[str, Any], family: str, info:
     if info is None and not arch.guidance_embeds:
         base = replace(base, steps=4, guidance=0.0, max_sequence_length=256)
     own = read_json(folder / "gensparse.json", name) if (folder / "gensparse.json").is_file() else {}
-    return replace(base, architecture=arch, **_own_facts(own))
+    profile = folder / OWN_FILES[1]
+    return replace(base, architecture=arch, profile=str(profile) if profile.is_file() else None, **_own_facts(own))
 
 
 # key of gensparse.json -> (field, type, lowest value)
@@ -444,7 +447,7 @@ def _remote_index(hub_id: str, files: list[str], options: dict[str, Any]) -> dic
 def _wanted_files(index: Mapping[str, Any], files: list[str], variant: str | None, code: bool) -> list[str]:
     """The component files to fetch: configs, tokenizers, and one set of safetensors (the variant's when named)."""
     parts = set(_components(index))
-    wanted = ["model_index.json", "gensparse.json", "*.py"] if code else ["model_index.json", "gensparse.json"]
+    wanted = ["model_index.json", *OWN_FILES, *(["*.py"] if code else [])]
     for file in files:
         path = PurePosixPath(file)
         if path.parent.as_posix() not in parts or path.suffix.lower() in PICKLES:

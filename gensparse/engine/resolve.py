@@ -206,15 +206,19 @@ def attention_at(resolved: Resolved, height: int, width: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _density(attention: str, height: int, width: int, n_text: int, multiple: int) -> float:
+def _density(attention: str, height: int, width: int, info: "ModelInfo") -> float:
     from gensparse.families.flux import layout_for
-    from gensparse.methods import parse_method
+    from gensparse.methods import Auto, parse_method
     from gensparse.plan import build_plan
 
-    layout = layout_for(height, width, n_text=n_text, vae_scale=multiple // 2)
-    return float(build_plan(parse_method(attention).pattern(layout), layout).stats()["density"])
+    multiple = info.architecture.multiple
+    layout = layout_for(height, width, n_text=text_tokens(info), vae_scale=multiple // 2)
+    method = parse_method(attention)
+    if isinstance(method, Auto):
+        return method.planned(info.profile, (info.native_size // multiple) ** 2).share(layout)
+    return float(build_plan(method.pattern(layout), layout).stats()["density"])
 
 
 def attention_density(attention: str, height: int, width: int, info: ModelInfo) -> float:
     """Share of the query-key pairs that a method computes at one size."""
-    return _density(attention, height, width, text_tokens(info), info.architecture.multiple)
+    return _density(attention, height, width, info)

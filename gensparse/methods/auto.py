@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from gensparse.errors import ConfigError
 from gensparse.layout import Grid, Layout
@@ -50,19 +50,32 @@ class Auto(Method):
         if self.profile is not None and not isinstance(self.profile, str):
             raise ConfigError(f"auto profile={self.profile!r} is not allowed; pass the path of a profile.")
 
-    def resolved(self, subject: Subject) -> Self:
-        path = self.profile or _beside(subject.model)
-        if path is None:
-            return _Resolved(self.error, self.density, self.dense_below, native_tokens=subject.native_tokens)
-        measured = Profile.load(path)
-        layers = {layer.name for entry in measured.grids for layer in entry.layers}
+    def resolved(self, subject: Subject) -> "_Resolved":  # type: ignore[override]
+        chosen = self.planned(profile_beside(subject.model), subject.native_tokens)
+        if chosen.measured is None:
+            return chosen
+        layers = {layer.name for entry in chosen.measured.grids for layer in entry.layers}
         missing = layers - {name for name, _ in subject.model.named_modules()}
         if missing:
             raise ConfigError(
-                f"The profile {path} was measured on {measured.model}, whose layer {sorted(missing)[0]} this "
-                f"{type(subject.model).__name__} does not have; calibrate this model."
+                f"The profile of {chosen.measured.model} has a layer {sorted(missing)[0]}, which this "
+                f"{type(subject.model).__name__} does not; calibrate this model."
             )
-        return _Resolved(self.error, self.density, self.dense_below, self.profile, measured, subject.native_tokens)
+        return chosen
+
+    def planned(self, beside: str | None, native_tokens: int | None) -> "_Resolved":
+        """This method for a model whose weights need not be there.
+
+        Args:
+            beside: path of the profile in the model's folder; the method's own comes first.
+            native_tokens: picture tokens at the model's training size.
+
+        Raises:
+            ConfigError: the profile cannot be read.
+        """
+        path = self.profile or beside
+        measured = None if path is None else Profile.load(path)
+        return _Resolved(self.error, self.density, self.dense_below, self.profile, measured, native_tokens)
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern | Dense:
         if layout.tokens <= self.dense_below:
@@ -109,6 +122,16 @@ class _Resolved(Auto):
             return None
         entry, choice, _ = _chosen(self.measured, layout, self.error, self.density)
         return entry.predicted(choice)
+
+    def share(self, layout: Layout) -> float:
+        """Share of all query-key pairs that is computed on `layout`, over all heads; 1 where dense runs."""
+        if isinstance(self.pattern(layout), Dense):
+            return 1.0
+        if self.measured is None:
+            from gensparse.plan import build_plan  # brings torch, which methods do without
+
+            return float(build_plan(self.pattern(layout), layout).stats()["density"])
+        return self._choice(layout)[2]
 
     def to_dict(self) -> dict[str, Any]:
         return Auto(self.error, self.density, self.dense_below, self.profile).to_dict()
@@ -166,13 +189,11 @@ def _share_of(entry: GridProfile, window: int, layout: Layout) -> float:
     return (pairs + 2 * picture * text + text * text) / tokens**2
 
 
-def _beside(model: Any) -> str | None:
-    """The profile in the folder the model was loaded from."""
+def profile_beside(model: Any) -> str | None:
+    """Path of the profile in the folder a model (a denoiser) was loaded from, if there is one."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-    if not name:
-        return None
-    folder = Path(name)
-    return next((str(p / FILE_NAME) for p in (folder, folder.parent) if (p / FILE_NAME).is_file()), None)
+    folders = (Path(name), Path(name).parent) if name else ()
+    return next((str(folder / FILE_NAME) for folder in folders if (folder / FILE_NAME).is_file()), None)
 
 
 def _share(name: str, value: Any) -> None:
