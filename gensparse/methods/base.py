@@ -91,8 +91,16 @@ class Method(ABC):
     """Raised when the meaning of a setting changes, so that old files are refused instead of misread."""
     timed: ClassVar[bool] = False
     """Whether `pattern` looks at the step; reading it waits for the device once per step."""
+    edits: ClassVar[bool] = False
+    """Whether `pattern` has a rule for reference pictures in the sequence (see `methods.pictures`)."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by the model they were published for; `Method.preset`, "name:preset=model"."""
+    paper: ClassVar[str] = ""
+    """Where it was published: title, authors, arXiv id; "ours" where it was not."""
+    licence: ClassVar[str] = ""
+    """What the authors' code and weights allow. Our code is written from the papers, so it binds weights only."""
+    use: ClassVar[str] = ""
+    """When to take it, in a sentence."""
 
     @abstractmethod
     def pattern(self, layout: Layout, at: At = START) -> "Pattern | RoutedPattern | Operator | Dense":
@@ -114,7 +122,7 @@ class Method(ABC):
 
     def why_not(self, layout: Layout, role: str = "joint") -> str | None:
         """Why calls with this layout must run dense, or None."""
-        if any(segment.kind == "reference" for segment in layout.segments):
+        if not self.edits and any(segment.kind == "reference" for segment in layout.segments):
             return f"{self.name} has no rule for reference pictures"
         return None
 
