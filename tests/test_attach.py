@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -209,14 +209,20 @@ def test_a_site_with_other_tokens_than_the_model_runs_dense_with_the_reason(mode
             assert handle.report()["dense"] == {"got 40 tokens, but the layout of the model's call has 53": 1}
 
 
-def test_reference_pictures_run_dense_with_the_reason(model: Any) -> None:
+class WithoutEdits(Clear):
+    """A method that has no rule for references."""
+
+    edits: ClassVar[bool] = False
+
+
+def test_reference_pictures_run_dense_with_the_reason_where_a_method_has_no_rule(model: Any) -> None:
     inputs = tiny_flux_inputs(8, 6)
     extra = tiny_flux_inputs(4, 5, seed=1)
     extra["img_ids"][:, 0] = 1
     for name, axis in (("hidden_states", 1), ("img_ids", 0)):
         inputs[name] = torch.cat([inputs[name], extra[name]], axis)
     dense = run(model, inputs)
-    handle = gensparse.apply(model, SMALL)
+    handle = gensparse.apply(model, WithoutEdits(radius=2))
     assert torch.equal(run(model, inputs), dense)
     assert handle.report()["dense"] == {"clear has no rule for reference pictures": 4}
 

@@ -5,12 +5,15 @@ from typing import ClassVar
 
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Method
-from gensparse.patterns import Box, Pattern, Text
+from gensparse.methods.pictures import over_pictures
+from gensparse.patterns import Box, Pattern
 
 
 @dataclass(frozen=True)
 class SlidingWindow(Method):
     """Picture tokens see text and the tokens with |dy|, |dx| (and |dt|) <= radius; text sees everything.
+
+    References of the target's grid are seen through the same window, others wholly (see `methods.pictures`).
 
     Args:
         radius: in tokens, one for all axes or one per axis (H, W) or (F, H, W).
@@ -20,6 +23,7 @@ class SlidingWindow(Method):
     """
 
     name: ClassVar[str] = "sliding_window"
+    edits: ClassVar[bool] = True
 
     radius: int | tuple[int, ...] = 16
 
@@ -27,4 +31,4 @@ class SlidingWindow(Method):
         object.__setattr__(self, "radius", Box(self.radius).radius)
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
-        return (Box(self.radius) | Text()).clamped(layout.grid)
+        return over_pictures(Box(self.radius), layout).clamped(layout.grid)

@@ -1,5 +1,6 @@
 """Attention patterns: pure geometry, as frozen values that combine with | and &."""
 
+from gensparse.patterns.aligned import Aligned
 from gensparse.patterns.anchors import Anchors
 from gensparse.patterns.base import FULL, NONE, PARTIAL, Intersection, Pattern, PerHead, Rule, Source, Union
 from gensparse.patterns.blocks import MSW, Blocks, Grid, Halo, LongDistance, double_windows
@@ -20,6 +21,7 @@ __all__ = [
     "MSW",
     "NONE",
     "PARTIAL",
+    "Aligned",
     "Anchors",
     "Blocks",
     "Box",

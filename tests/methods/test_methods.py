@@ -197,6 +197,13 @@ def test_proportional_without_a_known_training_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", EXAMPLES, ids=repr)
-def test_reference_pictures_are_a_reason_to_stay_dense(method: Method) -> None:
+def test_reference_pictures_are_a_reason_to_stay_dense_unless_the_method_has_a_rule(method: Method) -> None:
+    edit = Layout.joint((1, 4, 4), text=2, references=[(1, 2, 2), (1, 4, 4)])
     assert method.why_not(Layout.image(4, 4, text=2)) is None
-    assert "reference" in (method.why_not(Layout.joint((1, 4, 4), references=[(1, 2, 2)])) or "")
+    if method.edits:
+        assert method.why_not(edit) is None
+        mask = method.pattern(edit).dense_mask(edit)[0, :, : edit.tokens]
+        assert mask.any(axis=1).all(), "a reference that sees nothing"
+        assert mask[2:18, 18:22].all(), "a reference of another grid is seen wholly"
+    else:
+        assert "reference" in (method.why_not(edit) or "")
