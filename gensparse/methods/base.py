@@ -95,6 +95,12 @@ class Method(ABC):
     """Whether `pattern` has a rule for reference pictures in the sequence (see `methods.pictures`)."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by the model they were published for; `Method.preset`, "name:preset=model"."""
+    paper: ClassVar[str] = ""
+    """Where it was published: title, authors, arXiv id; "ours" where it was not."""
+    licence: ClassVar[str] = ""
+    """What the authors' code and weights allow. Our code is written from the papers, so it binds weights only."""
+    use: ClassVar[str] = ""
+    """When to take it, in a sentence."""
 
     @abstractmethod
     def pattern(self, layout: Layout, at: At = START) -> "Pattern | RoutedPattern | Operator | Dense":
