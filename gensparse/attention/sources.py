@@ -125,7 +125,8 @@ def _source_keys(
         torch.cat([x[:, first:last] for first, last in runs], 1) if len(runs) > 1 else x[:, slice(*runs[0])]
         for x in (k, v)
     )
-    pooled = [pool_keys(x, segment.shape, source.cells, given, source.shift) for x in own]
+    weights = None if given is None else given.to(k.device)
+    pooled = [pool_keys(x, segment.shape, source.cells, weights, source.shift) for x in own]
     return pooled[0], pooled[1]
 
 

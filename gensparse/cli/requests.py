@@ -173,4 +173,4 @@ def method_text(data: Mapping[str, Any]) -> str:
 def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "x".join(map(_setting, value)) if isinstance(value, list) else "none" if value is None else str(value)

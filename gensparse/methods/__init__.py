@@ -7,12 +7,22 @@ from gensparse.errors import ConfigError, unknown_name
 from gensparse.methods.auto import Auto
 from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Subject
 from gensparse.methods.clear import Clear
+from gensparse.methods.cosmos_sparse import CosmosSparse
+from gensparse.methods.double_window import DoubleWindow
+from gensparse.methods.freeswim_window import FreeSwimWindow
+from gensparse.methods.long_distance import LongDistance
+from gensparse.methods.msw_msa import MswMsa
 from gensparse.methods.neighborhood import Neighborhood
 from gensparse.methods.sliding_window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
     "auto": Auto,
     "clear": Clear,
+    "cosmos_sparse": CosmosSparse,
+    "double_window": DoubleWindow,
+    "freeswim_window": FreeSwimWindow,
+    "long_distance": LongDistance,
+    "msw_msa": MswMsa,
     "neighborhood": Neighborhood,
     "sliding_window": SlidingWindow,
 }
@@ -23,9 +33,14 @@ __all__ = [
     "At",
     "Auto",
     "Clear",
+    "CosmosSparse",
     "Dense",
+    "DoubleWindow",
+    "FreeSwimWindow",
     "Loaded",
+    "LongDistance",
     "Method",
+    "MswMsa",
     "Neighborhood",
     "Place",
     "SlidingWindow",
@@ -48,7 +63,7 @@ def method_class(name: Any) -> type[Method]:
 
 
 def parse_method(text: str) -> Method:
-    """A method from "name" or "name:key=value,key=value"; sizes per axis as 80x80, flags as true or false.
+    """A method from "name" or "name:key=value,key=value"; sizes per axis as 80x80, flags as true or false, none.
 
     Raises:
         ConfigError: an unknown name or setting, a value that is not allowed, or text of another form.
@@ -81,10 +96,10 @@ def as_method(method: Method | str | Mapping[str, Any]) -> Method:
 
 
 def _value(text: str) -> Any:
-    """true, 16, 80x80, 1.5; anything else stays text, which the method then refuses by name."""
+    """true, none, 16, 80x80, 1.5; anything else stays text, which the method then refuses by name."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    parts = [_number(part) for part in text.lower().split("x")]
+    parts = [None if part == "none" else _number(part) for part in text.lower().split("x")]
     if any(isinstance(part, str) for part in parts):
         return text
     return parts[0] if len(parts) == 1 else tuple(parts)

@@ -15,3 +15,9 @@ def flag(method: str, name: str, value: Any) -> None:
     """ConfigError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{method} {name}={value!r} is not allowed; pass true or false.")
+
+
+def one_of(method: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """ConfigError unless `value` is one of `allowed`."""
+    if not any(type(value) is type(entry) and value == entry for entry in allowed):
+        raise ConfigError(f"{method} {name}={value!r} is not allowed; pass one of {', '.join(map(repr, allowed))}.")

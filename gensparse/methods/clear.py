@@ -59,6 +59,15 @@ class Clear(Method):
     """
 
     name: ClassVar[str] = "clear"
+    paper: ClassVar[str] = (
+        "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up (Liu, Tan, Wang), arXiv 2412.16112"
+    )
+    licence: ClassVar[str] = (
+        "code Apache-2.0; the weights derive from FLUX.1-dev, whose non-commercial terms they follow"
+    )
+    use: ClassVar[str] = (
+        "FLUX pictures of 2K and more; with the distilled weights for quality, without them as a plain disc"
+    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "local_8": {"radius": 8},
         "local_16": {"radius": 16},
