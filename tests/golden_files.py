@@ -34,6 +34,7 @@ OWNED: dict[str, tuple[str, ...]] = {
     "ir-diffusion": ("test_golden_references.py",),
     "shared-attention": ("test_golden_references.py",),
     "regional-prompting": ("test_golden_references.py",),
+    "ip-adapter": ("processors/test_golden_ip_adapter.py",),
 }
 
 
@@ -179,6 +180,17 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
         "boxdiff": _schema(
             "attention token_indices boxes_xyxy_512 P corner_L smooth expected_fg expected_bg expected_corner_x "
             "expected_corner_y expected_max_fg_loss expected_loss"
+        ),
+    },
+    "ip-adapter": {
+        "decoupled": _schema(
+            "hidden text image_tokens to_k_ip to_v_ip scale heads expected expected_scale0 to_q to_k to_v to_out_w "
+            "to_out_b"
+        ),
+        "multi_masked": _schema(
+            "hidden text grid heads scales expected_masked to_q to_k to_v to_out_w to_out_b",
+            "expected_unmasked",
+            more=r"(image_tokens|mask|to_k_ip|to_v_ip)_\d+",
         ),
     },
 }
