@@ -21,7 +21,7 @@ from gensparse.patterns import Pattern, RoutedPattern
 from gensparse.plan import build_plan
 from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
-from gensparse.processors.site import Action, ActionSlot, AnyPlan, Site, Work
+from gensparse.processors.site import Action, ActionSlot, Site, Work
 from gensparse.processors.tally import NOT_SET, Tally, merged
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
@@ -59,8 +59,13 @@ def apply(
     attachments = [Attachment(model, settings, pipe_or_model, clock, len(models)) for model in models]
     for attachment in attachments:
         attachment.check()
-    for attachment in attachments:
-        attachment.install()
+    before = [_attachment(model) for model in models]
+    try:
+        for attachment in attachments:
+            attachment.install()
+    except BaseException:
+        _put_back(models, before)  # of denoisers that take turns never only some are sparse
+        raise
     return Handle(attachments)
 
 
@@ -73,15 +78,13 @@ def remove(pipe_or_model: Any) -> None:
 @contextmanager
 def applied(pipe_or_model: Any, method: Method | str | Mapping[str, Any], **settings: Any) -> "Iterator[Handle]":
     """`apply` inside a with block; afterwards the model is as before it, with the method it had or none."""
-    before = [_attachment(model) for model in _models(pipe_or_model)]
+    models = _models(pipe_or_model)
+    before = [_attachment(model) for model in models]
     handle = apply(pipe_or_model, method, **settings)
     try:
         yield handle
     finally:
-        remove(pipe_or_model)
-        for attachment in before:
-            if attachment is not None:
-                attachment.install()
+        _put_back(models, before)
 
 
 def make_processors(model: nn.Module, method: Method | str | Mapping[str, Any], **settings: Any) -> dict[str, Any]:
@@ -148,14 +151,18 @@ class Handle:
 
         Returns:
             "sparse": number of sites, by their last call (before the first: as set up); "dense": {reason: sites};
-            "calls": the same two, counted by call; "backend": the one of the last sparse call; "density": share of
-            the query-key pairs that it computed. The last two are None before a sparse call.
+            "calls": the same two, counted by call; "backend": those of the last sparse calls; "density": share of
+            the query-key pairs that is computed, mean over the sites of what each did in its last sparse call.
+            Both are None before a sparse call. "method": its settings as data; "family": of the model.
         """
-        plans = [attachment.plan for attachment in self._attachments if attachment.plan is not None]
+        attached = self._attachments
+        densities = [density for attachment in attached for density in attachment.tally.densities()]
         return {
-            **merged(attachment.tally.report() for attachment in self._attachments),
-            "backend": next(filter(None, (attachment.backend for attachment in self._attachments)), None),
-            "density": plans[0].density if plans else None,
+            **merged(attachment.tally.report() for attachment in attached),
+            "backend": _listed(backend for attachment in attached for backend in attachment.backends),
+            "density": sum(densities) / len(densities) if densities else None,
+            "method": attached[0].method.to_dict(),
+            "family": _listed(attachment.family.name for attachment in attached),
         }
 
     def restart(self) -> None:
@@ -192,7 +199,6 @@ class Attachment:
         self.clock, self.memo, self.run = clock or Clock(), TensorMemo(), _Run(owner)
         self.tally = Tally(self._counted)
         self.loaded: Loaded | None = None
-        self.plan: AnyPlan | None = None
         self._works: dict[Any, Work] = {}
         self._hook: Any = None
         self._warned = False
@@ -219,9 +225,9 @@ class Attachment:
         return _attachment(self.model) is self
 
     @property
-    def backend(self) -> str | None:
-        """Name of the backend of the last sparse call."""
-        return next((site.backend for site in self._counted if site.backend is not None), None)
+    def backends(self) -> set[str]:
+        """Names of the backends of the sites' last sparse calls."""
+        return {site.backend for site in self._counted if site.backend is not None}
 
     def check(self) -> None:
         """UnsupportedProcessorError when a processor cannot be made sparse."""
@@ -297,7 +303,7 @@ class Attachment:
     def _step(self, bound: Mapping[str, Any]) -> int:
         if not (self.settings.dense_steps or self.method.timed):
             return 0
-        return self.clock.tick(self.family.timestep(bound))
+        return self.clock.tick(self.family.timestep(bound), self.run.moment())
 
     def _layouts(self, bound: Mapping[str, Any]) -> Layouts | str:
         """Layouts by role, or why there are none."""
@@ -321,35 +327,45 @@ class Attachment:
         stop = next((item for item in chosen if isinstance(item, Dense)), None)
         if stop is not None:
             return Action(reason=stop.reason)
+        masks = [self.family.own_mask(self.model, layout) for layout in own]
+        masked = any(mask is not None for mask in masks)
+        if masked and not all(isinstance(what, Pattern) for what in chosen):
+            return self._dense(f"{self.method.name} cannot keep to the mask that the model has of its own")
+        chosen = [what if mask is None else what & mask for what, mask in zip(chosen, masks, strict=True)]
         device = _device(self.model, bound)
         works = [self._work(what, layout, at, key.heads, device) for what, layout in zip(chosen, own, strict=True)]
+        if masked and any(work.plan is not None and work.plan.sources for work in works):
+            return self._dense("the model's own mask does not say who sees pooled keys")
         native = self.family.native_at(key.role, self.subject.native_tokens)
         gain = self.method.logit_gain(own[0], native)
         seed = getattr(self.method, "seed", 0)
-        return Action(tuple(works), gain=gain, strict=self.settings.strict, step=step, seed=seed)
+        strict = self.settings.strict
+        return Action(tuple(works), gain=gain, strict=strict, step=step, seed=seed, masked=masked)
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:
             raise LayoutMismatchError(f"{type(self.model).__name__} cannot run sparse: {reason}")
         return Action(reason=reason)
 
-    def _work(self, what: Pattern | RoutedPattern | Operator, layout: Layout, at: At, heads: int, device: torch.device) -> Work:
+    def _work(
+        self, what: Pattern | RoutedPattern | Operator, layout: Layout, at: At, heads: int, device: torch.device
+    ) -> Work:
         chosen = self.method.heads(at._replace(layout=layout), heads)
         key = (what, layout, chosen, device)
         work = self._works.get(key)
         if work is None:
             if isinstance(what, Pattern | RoutedPattern):
                 groups = None if chosen is None else torch.tensor([chosen], dtype=torch.int32, device=device)
-                work = Work(layout, plan=build_plan(what, layout, device=device), groups=groups)
+                plan = build_plan(what, layout, device=device)
+                work = Work(plan.layout, plan=plan, groups=groups)  # compiled blocks tell equal layouts apart
             else:
                 work = Work(layout, operator=what)
             recent = list(self._works.items())[1 - _RECENT :]
             self._works = {**dict(recent), key: work}
-        self.plan = work.plan or self.plan
         return work
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_works": {}, "plan": None}
+        return {**self.__dict__, "_works": {}}
 
 
 class SlotKey(NamedTuple):
@@ -365,11 +381,26 @@ class _Run:
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner) if hasattr(owner, "scheduler") else None
+        self._memo = TensorMemo()
 
     def steps(self) -> int | None:
         """Distinct timesteps of the pipeline's scheduler; None for a bare model."""
-        timesteps = getattr(getattr(self._owner and self._owner(), "scheduler", None), "timesteps", None)
-        return None if timesteps is None else len(set(timesteps.tolist()))
+        timesteps = self._timesteps()
+        return None if timesteps is None else len(set(timesteps))
+
+    def moment(self) -> float | None:
+        """The scheduler's own timestep of the step it is at; None for a bare model."""
+        timesteps, scheduler = self._timesteps(), self._scheduler()
+        index = getattr(scheduler, "step_index", None)
+        index = getattr(scheduler, "begin_index", None) if index is None else index
+        return timesteps[index or 0] if timesteps and (index or 0) < len(timesteps) else None
+
+    def _timesteps(self) -> list[float] | None:
+        timesteps = getattr(self._scheduler(), "timesteps", None)
+        return self._memo.get(timesteps, torch.Tensor.tolist) if isinstance(timesteps, torch.Tensor) else None
+
+    def _scheduler(self) -> Any:
+        return getattr(self._owner and self._owner(), "scheduler", None)
 
     def __reduce__(self) -> "tuple[type[_Run], tuple[None]]":
         return _Run, (None,)
@@ -396,9 +427,21 @@ def _places(family: Family, model: nn.Module, modules: Mapping[str, nn.Module]) 
     """The sites of a model, in its order."""
     roles = family.sites(model, modules)
     return {
-        name: Place(role, layer, len(roles), int(getattr(modules[name], "heads", 0)), name)
+        name: Place(role, layer, len(roles), _heads(modules[name]), name)
         for layer, (name, role) in enumerate(roles.items())
     }
+
+
+def _heads(module: nn.Module) -> int:
+    return int(getattr(module, "heads", getattr(module, "num_heads", 0)))
+
+
+def _put_back(models: Iterable[nn.Module], before: "Iterable[Attachment | None]") -> None:
+    """Take off what is on the models now and put on what was, or nothing."""
+    for model, attachment in zip(models, before, strict=True):
+        _detach(model)
+        if attachment is not None:
+            attachment.install()
 
 
 def _attachment(model: nn.Module) -> Attachment | None:
@@ -414,6 +457,11 @@ def _detach(model: nn.Module) -> None:
 def _attention(model: nn.Module) -> dict[str, nn.Module]:
     """Every module with an attention processor, by name; some models have no `attn_processors`."""
     return {name: module for name, module in model.named_modules() if getattr(module, "processor", None) is not None}
+
+
+def _listed(names: Iterable[str]) -> str | None:
+    """Different names in one text, None for no name."""
+    return ", ".join(sorted(set(names))) or None
 
 
 def _scheduler_config(pipe_or_model: Any) -> Mapping[str, Any] | None:

@@ -88,12 +88,14 @@ def _attend(
     return forward(q, k, v, TileLists(*lists), Pieces(*pieces, slots), boxes=given, **options)
 
 
+def automatic_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The engine that "auto" stands for on tensors of this kind."""
+    need = Need(dtype, device.type, head_dim, queries=0, keys=0, density=1.0, arch=arch_of(device))
+    return "triton" if device.type != "cpu" and triton.why_not(need) is None else "plan_loop"
+
+
 def _settled(engine: str, q: Tensor) -> str:
-    """The engine that "auto" stands for."""
-    if engine != "auto":
-        return engine
-    need = Need(q.dtype, q.device.type, q.shape[-1], queries=0, keys=0, density=1.0, arch=arch_of(q.device))
-    return "triton" if q.device.type != "cpu" and triton.why_not(need) is None else "plan_loop"
+    return automatic_engine(q.device, q.dtype, q.shape[-1]) if engine == "auto" else engine
 
 
 @_attend.register_fake

@@ -10,6 +10,7 @@ from gensparse.attention.dispatch import (
     ON_REQUEST,
     Backend,
     choose_backend,
+    compiled_backend,
     need_of,
     run,
 )
@@ -108,5 +109,7 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
 
 def choose(plan: Plan, q: Tensor) -> str:
-    """Name of the backend that `sparse_attention` takes for `plan` on tensors like `q`."""
+    """Name of the backend that `sparse_attention` takes for `plan` on tensors like `q`, also in compiled calls."""
+    if torch.compiler.is_compiling():
+        return compiled_backend(q.device, q.dtype, q.shape[-1])
     return choose_backend(plan, need_of(q, q, q, plan, None, False))

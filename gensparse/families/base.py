@@ -12,6 +12,8 @@ from gensparse.layout import Layout
 if TYPE_CHECKING:
     import torch
 
+    from gensparse.patterns import Pattern
+
 
 T = TypeVar("T")
 
@@ -37,6 +39,8 @@ class Family:
         coarseness: role -> how many times fewer tokens per axis its sites see than `native_tokens` counts; UNets see
             the picture at several resolutions.
         blocks: regular expression of the repeated blocks, the modules worth compiling on their own.
+        own_mask: (model, layout) -> what the model itself lets a query see, where it masks attention between the tokens
+            of the layout query by query; None where it does not.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Family:
     ascending_time: bool = False
     coarseness: Callable[[str], int] = lambda _role: 1
     blocks: str = r"(single_)?transformer_blocks\.\d+"
+    own_mask: Callable[[Any, Layout], "Pattern | None"] = lambda _model, _layout: None
 
     def timestep(self, bound: Mapping[str, Any]) -> Any:
         """The time of a call, falling during a run: a number or a tensor.

@@ -13,17 +13,25 @@ class Clock:
     def __init__(self) -> None:
         self.step = -1
         self._last: float | None = None
+        self._moment: float | None = None
 
     def restart(self) -> None:
         """The next timestep is step 0, whatever its value."""
         self.step, self._last = -1, None
 
-    def tick(self, timestep: Any) -> int:
-        """Index of the step `timestep` (a number, or a tensor of any shape) belongs to; reads the device once."""
+    def tick(self, timestep: Any, moment: float | None = None) -> int:
+        """Index of the step `timestep` belongs to; reads the device once.
+
+        Args:
+            timestep: a number, or a tensor of any shape; tokens or frames with timesteps of their own count by the
+                noisiest of them.
+            moment: what the scheduler says the time is. Timesteps that the model's precision makes equal (bfloat16 has
+                no number between 996 and 1000) are different steps where moments differ.
+        """
         now = float(timestep.max()) if hasattr(timestep, "max") else float(timestep)
         if self._last is None or now > self._last:
             self.step = 0
-        elif now < self._last:
+        elif now < self._last or moment != self._moment:
             self.step += 1
-        self._last = now
+        self._last, self._moment = now, moment
         return self.step

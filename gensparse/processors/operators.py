@@ -33,7 +33,10 @@ class OperatorCall(NamedTuple):
 
 @runtime_checkable
 class Operator(Protocol):
-    """A frozen value that computes attention in its own way."""
+    """A frozen value that computes attention in its own way.
+
+    It may also have `density(layout) -> float | None`, the share of the query-key pairs that it computes, for reports.
+    """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: OperatorCall) -> Tensor:
         """q, k, v [B, S, H, D] -> [B, S, H, D]."""

@@ -34,6 +34,14 @@ class Work:
     def tokens(self) -> int:
         return self.layout.tokens
 
+    @property
+    def density(self) -> float | None:
+        """Share of the query-key pairs that are computed; None for operators that do not say it."""
+        if self.plan is not None:
+            return self.plan.density
+        density = getattr(self.operator, "density", None)
+        return None if density is None else density(self.layout)
+
 
 @dataclass(frozen=True, eq=False)
 class Action:
@@ -46,6 +54,7 @@ class Action:
         strict: raise instead of running dense for a reason nobody asked for.
         step: of the denoising run.
         seed: of methods that choose at random.
+        masked: the works keep to the mask that the model has of its own, so that the one in the call is left out.
     """
 
     works: tuple[Work, ...] = ()
@@ -54,6 +63,7 @@ class Action:
     strict: bool = False
     step: int = 0
     seed: int = 0
+    masked: bool = False
 
 
 class ActionSlot:
@@ -140,6 +150,7 @@ class Site:
         if action is None or not action.works or self.pinned is not None:
             self.outcome = self.pinned or (action.reason if action else "called outside the model's forward")
             return dense()
+        mask = None if action.masked else mask
         works = _works_of(action, q)
         misfit = refused or (_misfit(action, q) if works is None else _unmaskable(works, mask))
         if works is None or misfit is not None:
@@ -149,7 +160,6 @@ class Site:
         bias = None if mask is None else key_bias(mask)
         return self._sparse(q, k, v, action, works, bias, scale, dense, hidden)
 
-    @torch.compiler.disable  # CPU backends look at values, which a traced graph cannot
     def _sparse(
         self,
         q: Tensor,
@@ -189,21 +199,43 @@ class Site:
         dense: Callable[[], Tensor],
         hidden: Tensor | None,
     ) -> Tensor:
-        if work.operator is not None:
-            self.backend = work.operator.key()
-            call = OperatorCall(work.layout, hidden, scale, bias, self.layer, action.step, dense, self.notes)
-            return work.operator.attend(q, k, v, call)
         plan = work.plan
-        assert plan is not None, "a work has a plan or an operator"
         if not isinstance(plan, Plan):
-            self.backend = "routed"
-            ctx = RouteContext(action.seed, self.layer, action.step)
-            return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, ctx=ctx)
+            return self._eager(q, k, v, work, action, bias, scale, dense, hidden)
         self.backend = choose(plan, q)
         sources = self.sources
         if plan.sources and bias is not None:  # a mask also weights the tokens that are averaged
             sources, bias = biased_pools(k, v, plan, bias, sources)
         return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, sources=sources, groups=work.groups)
+
+    def density(self) -> float | None:
+        """Mean over the works of the current action; None where none says it."""
+        action = None if self.slot is None else self.slot.get()
+        known = [work.density for work in (action.works if action else ()) if work.density is not None]
+        return sum(known) / len(known) if known else None
+
+    @torch.compiler.disable  # the numbers of layer and step would cost one compilation each
+    def _eager(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        work: Work,
+        action: Action,
+        bias: Tensor | None,
+        scale: float | None,
+        dense: Callable[[], Tensor],
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Operators, and plans whose keys are chosen at run time."""
+        if work.operator is not None:
+            self.backend = work.operator.key()
+            call = OperatorCall(work.layout, hidden, scale, bias, self.layer, action.step, dense, self.notes)
+            return work.operator.attend(q, k, v, call)
+        assert work.plan is not None, "a work has a plan or an operator"
+        self.backend = "routed"
+        ctx = RouteContext(action.seed, self.layer, action.step)
+        return sparse_attention(q, k, v, work.plan, scale=scale, key_bias=bias, ctx=ctx)
 
     def _refuse(self, action: Action, reason: str) -> None:
         if action.strict:

@@ -16,15 +16,24 @@ class Tally:
         self._sites = tuple(sites)
         self._calls: Counter[str] = Counter()
         self._last = {site.name: _planned(site) for site in self._sites}
+        self._densities: dict[str, float] = {}
 
     def collect(self) -> None:
-        """Take over the outcomes written since the last time."""
+        """Take over the outcomes written since the last time; call it before the sites get new actions."""
         for site in self._sites:
             outcome = site.outcome
             if outcome is not None:
                 site.outcome = None
                 self._calls[outcome] += 1
                 self._last[site.name] = outcome
+                density = site.density() if outcome == SPARSE else None
+                if density is not None:
+                    self._densities[site.name] = density
+
+    def densities(self) -> list[float]:
+        """Share of the query-key pairs in the last sparse call of every site that had one."""
+        self.collect()
+        return list(self._densities.values())
 
     def report(self) -> dict[str, Any]:
         """{"sparse": sites, "dense": {reason: sites}, "calls": the same two counted by call}.
