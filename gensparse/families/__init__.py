@@ -29,6 +29,19 @@ FAMILIES = {
     "SanaTransformer2DModel": "gensparse.families.sana",
     "SanaControlNetModel": "gensparse.families.sana",
     "SanaVideoTransformer3DModel": "gensparse.families.sana",
+    "WanTransformer3DModel": "gensparse.families.wan",
+    "WanVACETransformer3DModel": "gensparse.families.wan",
+    "SkyReelsV2Transformer3DModel": "gensparse.families.skyreels",
+    "HunyuanVideoTransformer3DModel": "gensparse.families.hunyuan_video",
+    "HunyuanVideoFramepackTransformer3DModel": "gensparse.families.hunyuan_framepack",
+    "HunyuanVideo15Transformer3DModel": "gensparse.families.hunyuan_video15",
+    "CogVideoXTransformer3DModel": "gensparse.families.cogvideox",
+    "ConsisIDTransformer3DModel": "gensparse.families.cogvideox",
+    "MochiTransformer3DModel": "gensparse.families.mochi",
+    "LTXVideoTransformer3DModel": "gensparse.families.ltx",
+    "LTX2VideoTransformer3DModel": "gensparse.families.ltx",
+    "Kandinsky5Transformer3DModel": "gensparse.families.kandinsky5",
+    "CosmosTransformer3DModel": "gensparse.families.cosmos",
 }
 """Model class name -> module of its family; subclasses of a listed class belong to the same family."""
 

@@ -6,6 +6,7 @@ Read in diffusers 0.42: every processor that computes softmax attention calls `d
 
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -49,3 +50,22 @@ def refusal(dropout_p: float, is_causal: bool, options: dict[str, Any]) -> str |
     if options.get("parallel_config") is not None:
         return "the call holds a part of the sequence (context parallelism)"
     return None
+
+
+def dispatcher() -> Callable[..., Tensor]:
+    """diffusers' `dispatch_attention_fn`; its options beside q, k and v are those of the processor that calls it."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn
+
+
+def dispatch_options(processor: Any) -> dict[str, Any]:
+    """What a processor passes to the dispatch for the backend and the parallelism chosen for it."""
+    return {"backend": processor._attention_backend, "parallel_config": processor._parallel_config}
+
+
+def rotary() -> Callable[..., Tensor]:
+    """diffusers' rotation of queries or keys [B, S, H, D] by (cos, sin) [S, D]."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return partial(apply_rotary_emb, sequence_dim=1)

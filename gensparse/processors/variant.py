@@ -3,7 +3,8 @@
 A variant subclasses the processor's class, so weights, state-dict keys, `isinstance` checks and constructor stay as
 they are; an existing processor becomes sparse by a change of its class and dense again by changing it back. The
 variant runs the class's own `__call__` code with a private copy of its globals in which only the attention call is
-another one. Projections, norms and rotary embedding therefore remain diffusers', whichever release is installed.
+another one. Projections, norms and rotary embedding therefore remain diffusers', whichever release is installed. Where
+that call is the wrong place to cut, code of `processors.native` stands for the class's own.
 """
 
 import inspect
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gensparse.errors import UnsupportedProcessorError
 from gensparse.processors import _compat
+from gensparse.processors.native import native_call
 from gensparse.processors.site import Site
 
 SITE = "_gensparse_site"
@@ -73,7 +75,7 @@ def sparse_variant(cls: type) -> type:
             f"{cls.__name__} computes attention without {_compat.DISPATCH} or F.{_compat.SDPA}, so nothing can be made "
             "sparse in it; switch to a processor of the 2_0 kind, for example by turning attention slicing off."
         )
-    redirected = _redirect(original)
+    redirected = _redirect(native_call(cls) or original)
 
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         previous = _RUNNING.site, _RUNNING.hidden

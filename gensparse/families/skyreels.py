@@ -1,0 +1,54 @@
+"""SkyReels V2: Wan's sequence; models with causal blocks of frames mask attention themselves.
+
+In diffusion forcing every frame has a timestep of its own. The step of a call is that of its noisiest frame.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gensparse.errors import LayoutMismatchError
+from gensparse.families import wan
+from gensparse.families.base import Layouts, TensorMemo
+from gensparse.families.clips import untold_size
+from gensparse.layout import Layout
+from gensparse.patterns import Neighborhood, Pattern
+
+
+def read_layouts(model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Layouts:
+    """Layout as that of Wan.
+
+    Raises:
+        LayoutMismatchError: latents are missing or no clip, or its frames are no whole number of causal blocks.
+    """
+    layouts = wan.read_layouts(model, bound, memo)
+    (layout,) = layouts.values()
+    assert isinstance(layout, Layout)
+    frames, block = layout.grid[0], _block(model)
+    if frames % block:
+        raise LayoutMismatchError(
+            f"SkyReels V2 attends in blocks of {block} frames, but the clip has {frames} latent frames; pass frames "
+            "that the block divides."
+        )
+    return layouts
+
+
+def own_mask(model: Any, _layout: Layout) -> Pattern | None:
+    """Frames see their own block of frames and all earlier ones, where the model has blocks."""
+    block = _block(model)
+    if block == 1:
+        return None
+    return Neighborhood((None, None, None), stride=(block, 1, 1), causal=(True, False, False))
+
+
+def _block(model: Any) -> int:
+    return max(1, int(model.config["num_frame_per_block"]))
+
+
+FAMILY = replace(
+    wan.FAMILY,
+    name="SkyReels V2",
+    read_layouts=read_layouts,
+    native_tokens=untold_size("SkyReels V2"),
+    own_mask=own_mask,
+)
