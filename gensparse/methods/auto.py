@@ -36,6 +36,12 @@ class Auto(Method):
     """
 
     name: ClassVar[str] = "auto"
+    paper: ClassVar[str] = "ours; not published"
+    licence: ClassVar[str] = "nothing of others"
+    use: ClassVar[str] = (
+        "When you do not want to choose: dense at small sizes, above them the smallest windows that a measured "
+        "profile allows. Run `gensparse calibrate` on your model first."
+    )
 
     error: float = 0.1
     density: float | None = None

@@ -26,6 +26,11 @@ class BiFormer(Method):
     """
 
     name: ClassVar[str] = "biformer"
+    paper: ClassVar[str] = (
+        'Zhu et al.: "BiFormer: Vision Transformer with Bi-Level Routing Attention", arXiv 2303.08810, CVPR 2023'
+    )
+    licence: ClassVar[str] = "code MIT; no weights are used"
+    use: ClassVar[str] = "Experiments with keys that are chosen at run time, where a fixed window misses what matters."
 
     regions: int | tuple[int, ...] = 7
     top: int = 4

@@ -28,6 +28,13 @@ class HiLo(Method):
     """
 
     name: ClassVar[str] = "hilo"
+    paper: ClassVar[str] = (
+        'Pan, Cai, Zhuang: "Fast Vision Transformers with HiLo Attention" (LITv2), arXiv 2205.13213, NeurIPS 2022'
+    )
+    licence: ClassVar[str] = "code Apache-2.0; no weights are used"
+    use: ClassVar[str] = (
+        "Experiments with heads that share the work: some see detail, some the whole picture. Rough without training."
+    )
 
     window: int | tuple[int, ...] = 2
     alpha: float = 0.5

@@ -31,6 +31,16 @@ class Proxy(Method):
     """
 
     name: ClassVar[str] = "proxy"
+    paper: ClassVar[str] = (
+        'after Wang et al.: "Qihoo-T2X / PT-DiT", arXiv 2409.04005, ICLR 2025; the training-free form is ours'
+    )
+    licence: ClassVar[str] = (
+        "the authors' repository has no code; their model file in MindSpeed-MM is Apache-2.0; no weights are used"
+    )
+    use: ClassVar[str] = (
+        "Models without weights of their own that must keep a view of the whole picture: windows for detail, "
+        "averages for the rest."
+    )
 
     window: int | tuple[int | None, ...] | None = 4
     alternate: bool = True

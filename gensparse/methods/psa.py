@@ -40,6 +40,15 @@ class PSA(Method):
     """
 
     name: ClassVar[str] = "psa"
+    paper: ClassVar[str] = 'Li, Gu, Lin, Wang, Zhuang: "Pyramid Sparse Attention", arXiv 2512.04025, 2025'
+    licence: ClassVar[str] = (
+        "Apache-2.0 by its pyproject, without a licence file; training-free. The licence of the LoRA for "
+        "CogVideoX-5b was not seen"
+    )
+    use: ClassVar[str] = (
+        "Video models (Wan, CogVideoX) where the layout of what matters is not known beforehand; every query block "
+        "decides at run time."
+    )
     timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "wan2.1-t2v-14b": {

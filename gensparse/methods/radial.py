@@ -47,6 +47,12 @@ class Radial(Method):
     """
 
     name: ClassVar[str] = "radial"
+    paper: ClassVar[str] = (
+        'Li et al.: "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation", '
+        "arXiv 2506.19852, NeurIPS 2025"
+    )
+    licence: ClassVar[str] = "code Apache-2.0; training-free at native length. LoRAs for longer videos are not released"
+    use: ClassVar[str] = "Long videos (Wan, HunyuanVideo, Mochi); it does nothing for pictures."
     timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "wan2.1-t2v-14b": {**_WAN, "dense_steps": 12},

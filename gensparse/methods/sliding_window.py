@@ -23,6 +23,11 @@ class SlidingWindow(Method):
     """
 
     name: ClassVar[str] = "sliding_window"
+    paper: ClassVar[str] = (
+        "the plain local window, as in Stand-Alone Self-Attention 1906.05909 and Longformer 2004.05150"
+    )
+    licence: ClassVar[str] = "nothing of others"
+    use: ClassVar[str] = "A baseline: a box around every token, cut at borders."
     edits: ClassVar[bool] = True
 
     radius: int | tuple[int, ...] = 16
