@@ -10,6 +10,7 @@ _EXPORTS = {
     "apply": "gensparse.attach",
     "remove": "gensparse.attach",
     "applied": "gensparse.attach",
+    "compile_blocks": "gensparse.attach",
     "make_processors": "gensparse.attach",
     "Handle": "gensparse.attach",
     "sparse_attention": "gensparse.attention",
@@ -41,6 +42,7 @@ __all__ = [
     "apply",
     "backends",
     "build_plan",
+    "compile_blocks",
     "explain",
     "length_bias",
     "load_embedded",
@@ -50,7 +52,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gensparse.attach import Handle, applied, apply, make_processors, remove
+    from gensparse.attach import Handle, applied, apply, compile_blocks, make_processors, remove
     from gensparse.attention import backends, explain, length_bias, sparse_attention
     from gensparse.embedded import load_embedded
     from gensparse.errors import ConfigError, GensparseError

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from gensparse.layout import Layout
 from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
 from gensparse.patterns import Pattern, RoutedPattern
 from gensparse.plan import build_plan
+from gensparse.processors import _compat
 from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
 from gensparse.processors.site import Action, ActionSlot, Site, Work
@@ -38,6 +40,7 @@ def apply(
     *,
     strict: bool = False,
     dense_steps: int = 0,
+    dense_last_steps: int = 0,
     dense_layers: Iterable[int] = (),
 ) -> "Handle":
     """Make the attention of a pipeline (or of one denoiser) sparse, in place.
@@ -48,13 +51,16 @@ def apply(
         method: `Clear(radius=16)`, "clear", "clear:radius=16", or the dict of `Method.to_dict`.
         strict: raise where a call does not fit its layout, instead of running it dense and reporting why.
         dense_steps: number of first denoising steps that stay dense.
+        dense_last_steps: number of last steps that stay dense. A bare model does not know how many there are: apply to
+            the pipeline, or say it by `handle.restart(steps=...)`.
         dense_layers: indices of attention layers, in model order, that stay dense; negative ones count from the end.
 
     Raises:
         ConfigError: an unknown method or setting, or a model of no supported family.
         UnsupportedProcessorError: a processor cannot be made sparse; the model is unchanged then.
     """
-    settings = Settings(as_method(method), strict, dense_steps, dense_layers)
+    settings = Settings(as_method(method), strict, dense_steps, dense_last_steps, dense_layers)
+    _compat.warn_of_other_versions()
     models, clock = _models(pipe_or_model), Clock()  # denoisers that take turns count the steps of one run
     attachments = [Attachment(model, settings, pipe_or_model, clock, len(models)) for model in models]
     for attachment in attachments:
@@ -102,6 +108,39 @@ def make_processors(model: nn.Module, method: Method | str | Mapping[str, Any], 
     return {f"{name}.processor": attachment.sparse_copy(name, module) for name, module in _attention(model).items()}
 
 
+def compile_blocks(pipe_or_model: Any, **options: Any) -> int:
+    """Compile the repeated blocks of the denoisers, each class of blocks once instead of the whole model.
+
+    Like `model.compile_repeated_blocks`, and also for models that diffusers names no blocks for. A model may be made
+    sparse before or after it.
+
+    Args:
+        options: of `torch.compile`; docs/processors.md says which methods allow `fullgraph=True`.
+
+    Returns:
+        The number of blocks.
+
+    Raises:
+        ConfigError: a model of no supported family, or without repeated blocks.
+    """
+    blocks = [block for model in _models(pipe_or_model) for block in _repeated_blocks(model)]
+    for block in blocks:
+        block.compile(**options)
+    return len(blocks)
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    classes, pattern = _compat.repeated_blocks(model), family_of(model).blocks
+    found = [
+        module
+        for name, module in model.named_modules()
+        if (type(module).__name__ in classes if classes else re.fullmatch(pattern, name))
+    ]
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no repeated blocks; compile the whole model by model.compile().")
+    return found
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a method is used on a model: the arguments of `apply`, checked.
@@ -113,16 +152,37 @@ class Settings:
     method: Method
     strict: bool = False
     dense_steps: int = 0
+    dense_last_steps: int = 0
     dense_layers: Iterable[int] = ()
 
     def __post_init__(self) -> None:
-        steps = self.dense_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ConfigError(f"dense_steps={steps!r} is not allowed; pass a number of steps from 0 up.")
+        for name in ("dense_steps", "dense_last_steps"):
+            steps = getattr(self, name)
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+                raise ConfigError(f"{name}={steps!r} is not allowed; pass a number of steps from 0 up.")
         layers = tuple(self.dense_layers) if isinstance(self.dense_layers, Iterable) else (None,)
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in layers):
             raise ConfigError(f"dense_layers={self.dense_layers!r} is not allowed; pass indices of attention layers.")
         object.__setattr__(self, "dense_layers", layers)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the step of a call matters."""
+        return bool(self.dense_steps or self.dense_last_steps or self.method.timed)
+
+    def dense_at(self, now: At) -> bool:
+        """Whether a step is dense altogether.
+
+        Raises:
+            ConfigError: last steps are to be dense, but nobody knows how many steps there are.
+        """
+        if self.dense_last_steps and now.steps is None:
+            raise ConfigError(
+                f"dense_last_steps={self.dense_last_steps} needs the number of steps, which a model without its "
+                "pipeline does not know; apply to the pipeline, or call handle.restart(steps=...) before each run."
+            )
+        last = (now.steps or 0) - self.dense_last_steps
+        return now.step < self.dense_steps or (self.dense_last_steps > 0 and now.step >= last)
 
     def pinned(self, layers: int) -> dict[int, str]:
         """Index of every layer that always runs dense -> why, for a model of `layers` attention layers."""
@@ -165,10 +225,14 @@ class Handle:
             "family": _listed(attachment.family.name for attachment in attached),
         }
 
-    def restart(self) -> None:
-        """The next denoiser call is step 0 of a new run; pipelines of several stages call it before each."""
+    def restart(self, steps: int | None = None) -> None:
+        """The next denoiser call of this thread starts a new run; pipelines of several stages call it before each.
+
+        Args:
+            steps: of the new run; needed only where no pipeline tells it.
+        """
         for attachment in self._attachments:
-            attachment.clock.restart()
+            attachment.clock.restart(steps)
 
     def remove(self) -> None:
         """Undo everything, bit for bit; does nothing where it is undone or replaced already."""
@@ -279,9 +343,9 @@ class Attachment:
         self.tally.collect()
         self._heal()
         bound = _signature(type(model)).bind(model, *args, **kwargs).arguments
-        step, layouts = self._step(bound), self._layouts(bound)
+        now, layouts = self._now(bound), self._layouts(bound)
         for key, slot in self.slots.items():
-            slot.put(self._action(key, step, layouts, bound))
+            slot.put(self._action(key, now, layouts, bound))
 
     def _heal(self) -> None:
         """Make sites sparse again whose processor was exchanged (image-prompt adapters, resets)."""
@@ -300,10 +364,12 @@ class Attachment:
             _LOG.warning("The processor of %s was exchanged after apply(); such sites are made sparse again.", name)
         self._warned = True
 
-    def _step(self, bound: Mapping[str, Any]) -> int:
-        if not (self.settings.dense_steps or self.method.timed):
-            return 0
-        return self.clock.tick(self.family.timestep(bound), self.run.moment())
+    def _now(self, bound: Mapping[str, Any]) -> At:
+        """The step, and how many there are; looked up where it matters only, since the device has to answer."""
+        if not self.settings.timed:
+            return At()
+        step = self.clock.tick(self.family.timestep(bound), self.run.moment())
+        return At(step=step, steps=self.clock.steps or self.run.steps())
 
     def _layouts(self, bound: Mapping[str, Any]) -> Layouts | str:
         """Layouts by role, or why there are none."""
@@ -312,35 +378,39 @@ class Attachment:
         except LayoutMismatchError as error:
             return str(error)
 
-    def _action(self, key: "SlotKey", step: int, layouts: Layouts | str, bound: Mapping[str, Any]) -> Action:
-        if step < self.settings.dense_steps:
+    def _action(self, key: "SlotKey", now: At, layouts: Layouts | str, bound: Mapping[str, Any]) -> Action:
+        if self.settings.dense_at(now):
             return Action(reason="dense step")
+        at = now._replace(kind=key.kind, role=key.role, coarseness=self.family.coarseness(key.role))
+        active = self.method.active(at)
+        if isinstance(active, Dense):
+            return Action(reason=active.reason)
+        method, at = active
         if isinstance(layouts, str):
             return self._dense(layouts)
         own = layouts[key.role]
         own = own if isinstance(own, tuple) else (own,)
-        reason = next(filter(None, (self.method.why_not(layout, key.role) for layout in own)), None)
+        reason = next(filter(None, (method.why_not(layout, key.role) for layout in own)), None)
         if reason is not None:
             return self._dense(reason)
-        at = At(key.kind, key.role, step, self.run.steps(), coarseness=self.family.coarseness(key.role))
-        chosen = [self.method.pattern(layout, at) for layout in own]
+        chosen = [method.pattern(layout, at) for layout in own]
         stop = next((item for item in chosen if isinstance(item, Dense)), None)
         if stop is not None:
             return Action(reason=stop.reason)
         masks = [self.family.own_mask(self.model, layout) for layout in own]
         masked = any(mask is not None for mask in masks)
         if masked and not all(isinstance(what, Pattern) for what in chosen):
-            return self._dense(f"{self.method.name} cannot keep to the mask that the model has of its own")
+            return self._dense(f"{method.name} cannot keep to the mask that the model has of its own")
         chosen = [what if mask is None else what & mask for what, mask in zip(chosen, masks, strict=True)]
         device = _device(self.model, bound)
-        works = [self._work(what, layout, at, key.heads, device) for what, layout in zip(chosen, own, strict=True)]
+        heads = [method.heads(at._replace(layout=layout), key.heads) for layout in own]
+        works = [self._work(*item, device) for item in zip(chosen, own, heads, strict=True)]
         if masked and any(work.plan is not None and work.plan.sources for work in works):
             return self._dense("the model's own mask does not say who sees pooled keys")
         native = self.family.native_at(key.role, self.subject.native_tokens)
-        gain = self.method.logit_gain(own[0], native)
-        seed = getattr(self.method, "seed", 0)
+        gain, seed = method.logit_gain(own[0], native), getattr(method, "seed", 0)
         strict = self.settings.strict
-        return Action(tuple(works), gain=gain, strict=strict, step=step, seed=seed, masked=masked)
+        return Action(tuple(works), gain=gain, strict=strict, step=at.step, seed=seed, masked=masked)
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:
@@ -348,14 +418,18 @@ class Attachment:
         return Action(reason=reason)
 
     def _work(
-        self, what: Pattern | RoutedPattern | Operator, layout: Layout, at: At, heads: int, device: torch.device
+        self,
+        what: Pattern | RoutedPattern | Operator,
+        layout: Layout,
+        entries: tuple[int, ...] | None,
+        device: torch.device,
     ) -> Work:
-        chosen = self.method.heads(at._replace(layout=layout), heads)
-        key = (what, layout, chosen, device)
+        """What the sites do on a layout; `entries` of the pattern's menu, one per head."""
+        key = (what, layout, entries, device)
         work = self._works.get(key)
         if work is None:
             if isinstance(what, Pattern | RoutedPattern):
-                groups = None if chosen is None else torch.tensor([chosen], dtype=torch.int32, device=device)
+                groups = None if entries is None else torch.tensor([entries], dtype=torch.int32, device=device)
                 plan = build_plan(what, layout, device=device)
                 work = Work(plan.layout, plan=plan, groups=groups)  # compiled blocks tell equal layouts apart
             else:
@@ -384,9 +458,10 @@ class _Run:
         self._memo = TensorMemo()
 
     def steps(self) -> int | None:
-        """Distinct timesteps of the pipeline's scheduler; None for a bare model."""
+        """Distinct timesteps of the pipeline's scheduler from where the run begins; None for a bare model."""
         timesteps = self._timesteps()
-        return None if timesteps is None else len(set(timesteps))
+        first = getattr(self._scheduler(), "begin_index", None) or 0  # later than 0 where a picture is changed
+        return None if timesteps is None else len(set(timesteps[first:]))
 
     def moment(self) -> float | None:
         """The scheduler's own timestep of the step it is at; None for a bare model."""

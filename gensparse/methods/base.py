@@ -116,6 +116,10 @@ class Method(ABC):
         """
         return None
 
+    def active(self, at: At) -> "tuple[Method, At] | Dense":
+        """The method that acts at a step, and the place as that method sees it; another one for methods of phases."""
+        return self, at
+
     def heads(self, at: At, heads: int) -> tuple[int, ...] | None:
         """Entry of a PerHead pattern for every head; None where all heads have one pattern."""
         return None

@@ -4,18 +4,43 @@ Read in diffusers 0.42: every processor that computes softmax attention calls `d
 [B, S, H, D]) or `F.scaled_dot_product_attention` (tensors [B, H, S, D]) by that global name in its own `__call__`.
 """
 
+import logging
 import types
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import cache, partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
+
+TESTED = "0.42."
+"""Start of the diffusers versions whose private names were read and tested."""
+
 DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
 
 Replacement = Callable[..., Tensor]
+
+
+@cache
+def warn_of_other_versions(version: str | None = None) -> None:
+    """Warn, once of each version, that the installed diffusers (or `version`) is not one that was tested."""
+    if version is None:
+        from diffusers import __version__ as version
+    if not version.startswith(TESTED):
+        _LOG.warning(
+            "gensparse was tested with diffusers %sx; with %s, compare a run under a window as large as the picture "
+            "with a dense one before you rely on it.",
+            TESTED,
+            version,
+        )
+
+
+def repeated_blocks(model: Any) -> Collection[str]:
+    """Class names of the blocks that diffusers would compile; none for many models."""
+    return tuple(getattr(model, "_repeated_blocks", None) or ())
 
 
 def core_call(function: types.FunctionType) -> str | None:

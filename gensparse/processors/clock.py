@@ -1,23 +1,26 @@
 """Which step of a run a denoiser call belongs to, from the timesteps the denoiser receives."""
 
+import threading
 from typing import Any
 
 
-class Clock:
+class Clock(threading.local):
     """Counts distinct timesteps of a run.
 
     Calls with the same timestep (the two halves of guidance, both stages of a second-order step) share a step; a
-    timestep that jumps up starts a new run. Pipelines that know better call `restart()`.
+    timestep that jumps up starts a new run. Pipelines that know better call `restart()`. Every thread has a run of its
+    own.
     """
 
     def __init__(self) -> None:
         self.step = -1
+        self.steps: int | None = None
         self._last: float | None = None
         self._moment: float | None = None
 
-    def restart(self) -> None:
-        """The next timestep is step 0, whatever its value."""
-        self.step, self._last = -1, None
+    def restart(self, steps: int | None = None) -> None:
+        """The next timestep is step 0, whatever its value, of a run of `steps` steps if that is known."""
+        self.step, self.steps, self._last = -1, steps, None
 
     def tick(self, timestep: Any, moment: float | None = None) -> int:
         """Index of the step `timestep` belongs to; reads the device once.
@@ -35,3 +38,6 @@ class Clock:
             self.step += 1
         self._last, self._moment = now, moment
         return self.step
+
+    def __reduce__(self) -> "tuple[type[Clock], tuple[()]]":
+        return Clock, ()
