@@ -32,7 +32,8 @@ def read_layouts(model: Any, bound: Mapping[str, Any], _memo: TensorMemo) -> Lay
         LayoutMismatchError: latents or text are missing, are no picture, or have another grid than the condition.
     """
     (hidden,) = needed("Stable Diffusion 3", bound, "hidden_states")
-    grid = _grid_of_tokens(model, hidden, bound) if hidden.ndim == 3 else _grid(model, hidden)
+    embedded = not model.config.get("use_pos_embed", True)
+    grid = _grid_of_tokens(model, hidden, bound) if embedded else _grid(model, hidden)
     layouts = {"image": Layout.joint(grid)}
     if _has_text(model):
         (text,) = needed("Stable Diffusion 3", bound, "encoder_hidden_states")

@@ -28,11 +28,17 @@ TOLERANCE = 1e-5
 
 @torch.no_grad()
 def output(model: nn.Module, inputs: Mapping[str, Any], *args: Any) -> Tensor:
-    """The denoiser's first output; of control nets the last residual."""
-    out = model(*args, **inputs, return_dict=False)
-    while not isinstance(out, Tensor):
-        out = out[-1] if isinstance(out[-1], Tensor) else out[0]
-    return out
+    """Everything the denoiser returns: its picture, or where there are several tensors all of them, joined flat."""
+    found = list(_tensors(model(*args, **inputs, return_dict=False)))
+    return found[0] if len(found) == 1 else torch.cat([tensor.flatten() for tensor in found])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in value:
+            yield from _tensors(part)
 
 
 def sites_of(model: nn.Module) -> dict[str, str]:
@@ -143,10 +149,19 @@ def _both(given: Tensor | None, window: Tensor, batch: int, keys: int) -> Tensor
 
 
 def masked_output(
-    model: nn.Module, inputs: Mapping[str, Any], layouts: Mapping[str, Layout | Sequence[Layout]], method: Method
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    layouts: Mapping[str, Layout | Sequence[Layout]],
+    method: Method,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
-    """The plain model's output when every site sees only what the method's pattern allows on the given layouts."""
-    roles = sites_of(model)
+    """The plain model's output when its sites see only what the method's pattern allows on the given layouts.
+
+    Args:
+        layouts: by role; one for all samples or one for each.
+        names: the sites that see less; all of them by default.
+    """
+    roles = {name: role for name, role in sites_of(model).items() if names is None or name in names}
     masks = {role: [_mask(method, one, role) for one in _each(layouts[role])] for role in set(roles.values())}
     calls = _Masked(roles, masks)
     with _inside(model, list(roles), calls):
