@@ -15,14 +15,29 @@ import pytest
 
 # folder -> test modules that read it
 OWNED: dict[str, tuple[str, ...]] = {
-    "natten": ("patterns/test_golden_masks.py", "testing/test_natten_order.py", "kernels"),
-    "clear": ("patterns/test_golden_masks.py", "kernels"),
-    "classic_windows": ("patterns/test_golden_masks.py", "kernels"),
-    "msw_msa": ("patterns/test_golden_masks.py", "testing/test_msw_reference.py", "kernels"),
+    "natten": (
+        "patterns/test_golden_masks.py",
+        "testing/test_natten_order.py",
+        "methods/test_golden_methods.py",
+        "kernels",
+    ),
+    "clear": ("patterns/test_golden_masks.py", "methods/test_golden_methods.py", "kernels"),
+    "classic_windows": ("patterns/test_golden_masks.py", "methods/test_golden_methods.py", "kernels"),
+    "msw_msa": (
+        "patterns/test_golden_masks.py",
+        "testing/test_msw_reference.py",
+        "methods/test_golden_methods.py",
+        "kernels",
+    ),
     "radial": ("test_golden_geometry.py",),
-    "freeswim": ("test_golden_geometry.py",),
-    "scale_dit": ("test_golden_geometry.py",),
-    "hybrids": ("test_golden_geometry.py", "test_golden_pooled.py", "test_golden_routed.py"),
+    "freeswim": ("test_golden_geometry.py", "methods/test_golden_methods.py"),
+    "scale_dit": ("test_golden_geometry.py", "methods/test_golden_methods.py"),
+    "hybrids": (
+        "test_golden_geometry.py",
+        "test_golden_pooled.py",
+        "test_golden_routed.py",
+        "methods/test_golden_methods.py",
+    ),
     "ptdit": ("test_golden_pooled.py",),
     "psa": ("test_golden_routed.py",),
     "highres-rope": ("highres",),
