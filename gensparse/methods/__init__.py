@@ -4,45 +4,63 @@ from collections.abc import Mapping
 from typing import Any
 
 from gensparse.errors import ConfigError, unknown_name
+from gensparse.methods.agentsd import AgentSD
 from gensparse.methods.auto import Auto
 from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Subject
+from gensparse.methods.biformer import BiFormer
 from gensparse.methods.clear import Clear
 from gensparse.methods.cosmos_sparse import CosmosSparse
 from gensparse.methods.double_window import DoubleWindow
 from gensparse.methods.freeswim_window import FreeSwimWindow
+from gensparse.methods.hilo import HiLo
 from gensparse.methods.long_distance import LongDistance
 from gensparse.methods.msw_msa import MswMsa
 from gensparse.methods.neighborhood import Neighborhood
+from gensparse.methods.proxy import Proxy
+from gensparse.methods.psa import PSA
+from gensparse.methods.radial import Radial
 from gensparse.methods.sliding_window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
+    "agentsd": AgentSD,
     "auto": Auto,
+    "biformer": BiFormer,
     "clear": Clear,
     "cosmos_sparse": CosmosSparse,
     "double_window": DoubleWindow,
     "freeswim_window": FreeSwimWindow,
+    "hilo": HiLo,
     "long_distance": LongDistance,
     "msw_msa": MswMsa,
     "neighborhood": Neighborhood,
+    "proxy": Proxy,
+    "psa": PSA,
+    "radial": Radial,
     "sliding_window": SlidingWindow,
 }
 
 __all__ = [
     "METHODS",
+    "PSA",
     "START",
+    "AgentSD",
     "At",
     "Auto",
+    "BiFormer",
     "Clear",
     "CosmosSparse",
     "Dense",
     "DoubleWindow",
     "FreeSwimWindow",
+    "HiLo",
     "Loaded",
     "LongDistance",
     "Method",
     "MswMsa",
     "Neighborhood",
     "Place",
+    "Proxy",
+    "Radial",
     "SlidingWindow",
     "Subject",
     "as_method",

@@ -55,8 +55,8 @@ class HiLo(Method):
         fewest = min((place.heads for place in places.values()), default=0)
         if self.low_heads and self.low_heads[-1] >= fewest:
             raise ConfigError(
-                f"hilo low_heads={self.low_heads!r} names head {self.low_heads[-1]}, but {type(subject.model).__name__} "
-                f"has layers of {fewest} heads; pass heads below that."
+                f"hilo low_heads={self.low_heads!r} names head {self.low_heads[-1]}, but "
+                f"{type(subject.model).__name__} has layers of {fewest} heads; pass heads below that."
             )
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:

@@ -1,4 +1,4 @@
-"""Proxy tokens without training: one averaged key stands for every other window (after PT-DiT, Wang et al. 2409.04005)."""
+"""Proxy: one averaged key stands for every other window, without training (after PT-DiT, Wang et al. 2409.04005)."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Proxy(Method):
         return (patterns.Proxy(self.window, shift) | Text()).clamped(layout.grid)
 
 
-def _half(window: int | None | tuple[int | None, ...]) -> int | tuple[int, ...]:
+def _half(window: int | tuple[int | None, ...] | None) -> int | tuple[int, ...]:
     """Half a window, rounded down; an axis of one window is not shifted."""
     if isinstance(window, tuple):
         return tuple((size or 0) // 2 for size in window)

@@ -1,4 +1,4 @@
-"""PSA: keys at full, half, quarter or eighth resolution, or left out, as every query needs them (Li et al. 2512.04025)."""
+"""PSA: keys at full, half, quarter or eighth resolution, or left out, by what a query needs (Li et al. 2512.04025)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class PSA(Method):
 
     def __post_init__(self) -> None:
         checked = self._blocks()
-        for name in ("ends", "caps"):
+        for name in ("block", "query_block", "ends", "caps", "tile"):
             object.__setattr__(self, name, getattr(checked, name))
         check_first_steps(self.name, "dense_steps", self.dense_steps)
         whole(self.name, "seed", self.seed, low=0)
