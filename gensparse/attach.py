@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.families import Family, Layouts, TensorMemo, family_of
-from gensparse.layout import Layout
+from gensparse.families import Family, Layouts, TensorMemo, WithKeys, family_of
+from gensparse.layout import KINDS, Layout
 from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
-from gensparse.patterns import Pattern, RoutedPattern
+from gensparse.patterns import Pattern, Policy, Reference, References, RoutedPattern
 from gensparse.plan import build_plan
 from gensparse.processors import _compat
 from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
-from gensparse.processors.site import Action, ActionSlot, Site, Work
+from gensparse.processors.pairs import NO_MASK, ProductMask, last_zero
+from gensparse.processors.site import CACHED, Action, ActionSlot, Extra, Site, Work
 from gensparse.processors.tally import NOT_SET, Tally, merged
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
@@ -32,6 +33,7 @@ _LOG = logging.getLogger(__name__)
 _ATTACHMENT = "_gensparse"
 _DENOISERS = ("transformer", "transformer_2", "unet")
 _RECENT = 256  # works a model keeps at hand: kinds of sites (layers, at most) times layouts of a run
+_TEXT_ALONE = Policy(tuple(("text", kind) for kind in KINDS if kind != "pooled"))
 
 
 def apply(
@@ -325,6 +327,8 @@ class Attachment:
         for module in self.modules.values():
             make_dense(module.processor)
             delattr(module, SITE)
+        for processor in _compat.set_aside(self.model):
+            make_dense(processor)
         if self.loaded is not None:
             self.loaded.undo()
         delattr(self.model, _ATTACHMENT)
@@ -338,14 +342,26 @@ class Attachment:
         return processor
 
     @torch.compiler.disable
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: decide what its sites do in this call."""
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model: decide what its sites do in this call.
+
+        Returns:
+            None, or other (args, kwargs) for a model whose product mask the sites take over.
+        """
         self.tally.collect()
         self._heal()
-        bound = _signature(type(model)).bind(model, *args, **kwargs).arguments
+        call = _signature(type(model)).bind(model, *args, **kwargs)
+        bound = call.arguments
         now, layouts = self._now(bound), self._layouts(bound)
+        pairs = self._product_mask(bound, layouts)
         for key, slot in self.slots.items():
-            slot.put(self._action(key, now, layouts, bound))
+            extra = None if isinstance(layouts, str) else _extra(layouts[key.role])
+            added = pairs is not None and pairs.added
+            slot.put(replace(self._action(key, now, layouts, bound, added=added), pairs=pairs, extra=extra))
+        if pairs is None:
+            return None
+        bound[self.family.product_mask] = None
+        return call.args[1:], call.kwargs
 
     def _heal(self) -> None:
         """Make sites sparse again whose processor was exchanged (image-prompt adapters, resets)."""
@@ -378,7 +394,20 @@ class Attachment:
         except LayoutMismatchError as error:
             return str(error)
 
-    def _action(self, key: "SlotKey", now: At, layouts: Layouts | str, bound: Mapping[str, Any]) -> Action:
+    def _product_mask(self, bound: Mapping[str, Any], layouts: Layouts | str) -> ProductMask | None:
+        """The product mask of a call, where sites can take it over: its zeros are bools, or numbers of text tokens."""
+        given = bound.get(self.family.product_mask)
+        if given is None or isinstance(layouts, str):
+            return None
+        zeros = self.memo.get(given, last_zero)
+        if zeros == NO_MASK or (given.is_floating_point() and zeros > min(map(_leading_text, layouts.values()))):
+            return None
+        return ProductMask(given, trivial=zeros == 0)
+
+    def _action(
+        self, key: "SlotKey", now: At, layouts: Layouts | str, bound: Mapping[str, Any], *, added: bool = False
+    ) -> Action:
+        """What sites do; `added` says that a product mask is added to their logits."""
         if self.settings.dense_at(now):
             return Action(reason="dense step")
         at = now._replace(kind=key.kind, role=key.role, coarseness=self.family.coarseness(key.role))
@@ -388,7 +417,8 @@ class Attachment:
         method, at = active
         if isinstance(layouts, str):
             return self._dense(layouts)
-        own = layouts[key.role]
+        own, extra = layouts[key.role], _extra(layouts[key.role])
+        own = own.layout if isinstance(own, WithKeys) else own
         own = own if isinstance(own, tuple) else (own,)
         reason = next(filter(None, (method.why_not(layout, key.role) for layout in own)), None)
         if reason is not None:
@@ -402,9 +432,13 @@ class Attachment:
         if masked and not all(isinstance(what, Pattern) for what in chosen):
             return self._dense(f"{method.name} cannot keep to the mask that the model has of its own")
         chosen = [what if mask is None else what & mask for what, mask in zip(chosen, masks, strict=True)]
+        if extra is not None:
+            if not all(isinstance(what, Pattern) for what in chosen):
+                return self._dense(f"{method.name} has no rule for cached references")
+            chosen = [_with_cached(what, extra) for what in chosen]
         device = _device(self.model, bound)
         heads = [method.heads(at._replace(layout=layout), key.heads) for layout in own]
-        works = [self._work(*item, device) for item in zip(chosen, own, heads, strict=True)]
+        works = [self._work(*item, device, added) for item in zip(chosen, own, heads, strict=True)]
         if masked and any(work.plan is not None and work.plan.sources for work in works):
             return self._dense("the model's own mask does not say who sees pooled keys")
         native = self.family.native_at(key.role, self.subject.native_tokens)
@@ -423,15 +457,19 @@ class Attachment:
         layout: Layout,
         entries: tuple[int, ...] | None,
         device: torch.device,
+        added: bool,
     ) -> Work:
         """What the sites do on a layout; `entries` of the pattern's menu, one per head."""
-        key = (what, layout, entries, device)
+        key = (what, layout, entries, device, added)
         work = self._works.get(key)
         if work is None:
+            added = added and isinstance(what, Pattern)
             if isinstance(what, Pattern | RoutedPattern):
                 groups = None if entries is None else torch.tensor([entries], dtype=torch.int32, device=device)
                 plan = build_plan(what, layout, device=device)
-                work = Work(plan.layout, plan=plan, groups=groups)  # compiled blocks tell equal layouts apart
+                text = build_plan(what & _TEXT_ALONE, layout, device=device) if added else None
+                # the plan's layout, since compiled blocks tell equal layouts apart
+                work = Work(plan.layout, plan=plan, groups=groups, unbiased=text)
             else:
                 work = Work(layout, operator=what)
             recent = list(self._works.items())[1 - _RECENT :]
@@ -440,6 +478,22 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_works": {}}
+
+
+def _extra(layout: Layout | tuple[Layout, ...] | WithKeys) -> Extra | None:
+    return Extra(layout.start, layout.keys) if isinstance(layout, WithKeys) else None
+
+
+def _with_cached(what: Pattern, extra: Extra) -> Pattern:
+    """A pattern under which target and text see cached references too."""
+    cached = Reference(CACHED, length=extra.keys)
+    return what | References((cached,), "target") | References((cached,), "text")
+
+
+def _leading_text(layout: Layout | tuple[Layout, ...] | WithKeys) -> int:
+    """Text tokens before all others, where the batch has one layout."""
+    first = layout.segments[0] if isinstance(layout, Layout) else None
+    return first.length if first is not None and first.kind == "text" else 0
 
 
 class SlotKey(NamedTuple):

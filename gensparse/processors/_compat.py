@@ -1,7 +1,8 @@
 """The private names of diffusers that processors rely on, all in this file.
 
 Read in diffusers 0.42: every processor that computes softmax attention calls `dispatch_attention_fn` (tensors
-[B, S, H, D]) or `F.scaled_dot_product_attention` (tensors [B, H, S, D]) by that global name in its own `__call__`.
+[B, S, H, D]) or `F.scaled_dot_product_attention` (tensors [B, H, S, D]) by that global name in its own `__call__`, or
+in a function of its module that it calls (FLUX.2 with a cache of references).
 """
 
 import logging
@@ -51,6 +52,17 @@ def core_call(function: types.FunctionType) -> str | None:
     return SDPA if SDPA in names and "F" in names else None
 
 
+def helpers(function: types.FunctionType) -> dict[str, types.FunctionType]:
+    """Functions of a function's own module that it calls and that make attention calls, by name."""
+    names = function.__globals__
+    found = {name: names.get(name) for name in function.__code__.co_names}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, types.FunctionType) and value.__globals__ is names and core_call(value) is not None
+    }
+
+
 def functional_shim(sdpa: Replacement) -> types.ModuleType:
     """`torch.nn.functional` with another scaled_dot_product_attention."""
     shim = types.ModuleType("gensparse_functional")
@@ -94,3 +106,8 @@ def rotary() -> Callable[..., Tensor]:
     from diffusers.models.embeddings import apply_rotary_emb
 
     return partial(apply_rotary_emb, sequence_dim=1)
+
+
+def set_aside(model: Any) -> list[Any]:
+    """Processors that a model keeps to bring them back later: `fuse_qkv_projections` exchanges all of them."""
+    return list((getattr(model, "original_attn_processors", None) or {}).values())
