@@ -8,11 +8,17 @@ from importlib import import_module
 from typing import Any
 
 from gensparse.errors import ConfigError
-from gensparse.families.base import Family, Layouts, TensorMemo
+from gensparse.families.base import Family, Layouts, TensorMemo, WithKeys
 
 FAMILIES = {
     "FluxTransformer2DModel": "gensparse.families.flux",
     "FluxControlNetModel": "gensparse.families.flux",
+    "ChromaTransformer2DModel": "gensparse.families.chroma",
+    "Flux2Transformer2DModel": "gensparse.families.flux2",
+    "QwenImageTransformer2DModel": "gensparse.families.qwenimage",
+    "QwenImageControlNetModel": "gensparse.families.qwenimage",
+    "Lumina2Transformer2DModel": "gensparse.families.lumina2",
+    "ZImageTransformer2DModel": "gensparse.families.zimage",
     "UNet2DConditionModel": "gensparse.families.unet",
     "UNetMotionModel": "gensparse.families.unet",
     "ControlNetModel": "gensparse.families.unet",
@@ -45,7 +51,7 @@ FAMILIES = {
 }
 """Model class name -> module of its family; subclasses of a listed class belong to the same family."""
 
-__all__ = ["FAMILIES", "Family", "Layouts", "TensorMemo", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layouts", "TensorMemo", "WithKeys", "family_of"]
 
 
 def family_of(model: Any) -> Family:

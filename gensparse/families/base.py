@@ -17,7 +17,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Layouts = Mapping[str, Layout | tuple[Layout, ...]]
+
+@dataclass(frozen=True)
+class WithKeys:
+    """Calls whose keys hold more tokens than their queries: cached references, which every query sees.
+
+    Args:
+        layout: of the queries.
+        start: first of the extra keys; keys: how many.
+    """
+
+    layout: Layout
+    start: int
+    keys: int
+
+
+Layouts = Mapping[str, Layout | tuple[Layout, ...] | WithKeys]
 """Role -> layout of its calls; a tuple holds one layout per sample, where samples differ in length."""
 
 
@@ -41,6 +56,8 @@ class Family:
         blocks: regular expression of the repeated blocks, the modules worth compiling on their own.
         own_mask: (model, layout) -> what the model itself lets a query see, where it masks attention between the tokens
             of the layout query by query; None where it does not.
+        product_mask: name of an argument [B, tokens] that the blocks multiply with itself to a mask of all pairs. It is
+            taken out of sparse calls, so that no such matrix is made; "" where there is none.
     """
 
     name: str
@@ -52,6 +69,7 @@ class Family:
     coarseness: Callable[[str], int] = lambda _role: 1
     blocks: str = r"(single_)?transformer_blocks\.\d+"
     own_mask: Callable[[Any, Layout], "Pattern | None"] = lambda _model, _layout: None
+    product_mask: str = ""
 
     def timestep(self, bound: Mapping[str, Any]) -> Any:
         """The time of a call, falling during a run: a number or a tensor.

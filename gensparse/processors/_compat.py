@@ -8,9 +8,11 @@ in a function of its module that it calls (FLUX.2 with a cache of references).
 import logging
 import types
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +23,7 @@ TESTED = "0.42."
 
 DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
+_SCORE_SKIP = "AttentionScoreSkipFunctionMode"
 
 Replacement = Callable[..., Tensor]
 
@@ -111,3 +114,17 @@ def rotary() -> Callable[..., Tensor]:
 def set_aside(model: Any) -> list[Any]:
     """Processors that a model keeps to bring them back later: `fuse_qkv_projections` exchanges all of them."""
     return list((getattr(model, "original_attn_processors", None) or {}).values())
+
+
+def scores_are_skipped() -> bool:
+    """Whether a layer-skip hook of diffusers runs: it answers scaled_dot_product_attention by the values themselves."""
+    stack = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(place)).__name__ == _SCORE_SKIP for place in stack)
+
+
+def know_variant(variant: type, base: type) -> None:
+    """Tell diffusers' layer-skip hooks, which look classes up, what they know about the base of a variant."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+
+    with suppress(ValueError):  # a base they do not know
+        Registry.register(variant, Registry.get(base))

@@ -4,7 +4,8 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,32 @@ from gensparse.layout import Layout
 from gensparse.plan import ClusterPlan, Plan, RouteContext, RoutedPlan
 from gensparse.processors.masks import key_bias
 from gensparse.processors.operators import Operator, OperatorCall
+from gensparse.processors.pairs import ProductMask
+from gensparse.processors.rows import outputs_of, sample_rows, weights_of
 
 SPARSE = "sparse"
+
+CACHED = "cached references"
+"""Name of the key source that holds the keys of `Extra`."""
 
 AnyPlan = Plan | RoutedPlan | ClusterPlan
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Sparse attention of calls (or samples) with one layout: a plan, or an operator in its place."""
+    """Sparse attention of calls (or samples) with one layout: a plan, or an operator in its place.
+
+    Args:
+        layout: of the queries.
+        groups: int [1, H], entry of the plan's menu for every head.
+        unbiased: plan of the queries that an added product mask gives no preference, see `Action.pairs`.
+    """
 
     layout: Layout
     plan: AnyPlan | None = None
     operator: Operator | None = None
-    groups: Tensor | None = None  # int [1, H], entry of the plan's menu for every head
+    groups: Tensor | None = None
+    unbiased: Plan | None = None
 
     @property
     def tokens(self) -> int:
@@ -43,6 +56,13 @@ class Work:
         return None if density is None else density(self.layout)
 
 
+class Extra(NamedTuple):
+    """Keys that have no query in the call: `keys` tokens from token `start` of the keys on, seen by every query."""
+
+    start: int
+    keys: int
+
+
 @dataclass(frozen=True, eq=False)
 class Action:
     """What the sites that act alike do during one denoiser call.
@@ -55,6 +75,9 @@ class Action:
         step: of the denoising run.
         seed: of methods that choose at random.
         masked: the works keep to the mask that the model has of its own, so that the one in the call is left out.
+        pairs: mask of all pairs that was taken out of the model's call and belongs to calls over all its tokens.
+        extra: keys without queries, which calls of these sites have.
+        audit: queries per call whose output is compared with that of dense attention.
     """
 
     works: tuple[Work, ...] = ()
@@ -64,6 +87,9 @@ class Action:
     step: int = 0
     seed: int = 0
     masked: bool = False
+    pairs: ProductMask | None = None
+    extra: Extra | None = None
+    audit: int = 0
 
 
 class ActionSlot:
@@ -107,7 +133,8 @@ class Site:
     `held` says whether the site's processor has been sparse, so that it must stay so. `sources` are weights of key
     sources that belong to this site, `notes` what its operators read. `backend` is the one of the last sparse call.
     `outcome` is written by every call and collected by the pre-hook of the next one; it is never read in between, so
-    that compiled blocks need not be compiled again for it.
+    that compiled blocks need not be compiled again for it. `audited` sums up [squared difference, squared norm] of the
+    outputs that were compared with dense ones.
     """
 
     def __init__(self, name: str, slot: ActionSlot | None, layer: int = 0, pinned: str | None = None) -> None:
@@ -120,6 +147,7 @@ class Site:
         self.notes: Any = None
         self.outcome: str | None = None
         self.backend: str | None = None
+        self.audited: Tensor | None = None
 
     def attend(
         self,
@@ -128,15 +156,17 @@ class Site:
         v: Tensor,
         mask: Tensor | None,
         scale: float | None,
-        dense: Callable[[], Tensor],
+        dense: Callable[..., Tensor],
         refused: str | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current action, else `dense()`.
 
-        Calls whose keys are others than the queries (cross attention, image prompts) are not this site's business.
+        Calls whose keys are others than the queries (cross attention, image prompts) are not this site's business, but
+        for the extra keys of its action.
 
         Args:
+            dense: the model's own attention; with an argument, under that mask instead of the call's.
             mask: as scaled_dot_product_attention takes it; over keys it joins the sparse call.
             refused: why the arguments rule out a sparse call.
             hidden: input of the attention module.
@@ -144,21 +174,27 @@ class Site:
         Raises:
             LayoutMismatchError: the method is strict and the call does not fit its layout.
         """
-        if self.slot is None or k.shape[1] != q.shape[1]:
+        action = None if self.slot is None else self.slot.get()
+        pairs = _pairs_of(action, q, k)
+        if pairs is not None:
+            dense = partial(_under, dense, pairs)
+        if self.slot is None or not _is_own(action, q, k):
             return dense()
-        action = self.slot.get()
         if action is None or not action.works or self.pinned is not None:
             self.outcome = self.pinned or (action.reason if action else "called outside the model's forward")
             return dense()
         mask = None if action.masked else mask
         works = _works_of(action, q)
-        misfit = refused or (_misfit(action, q) if works is None else _unmaskable(works, mask))
+        misfit = refused or _misfit(action, works, q, k) or _unmaskable(action, works or (), mask, pairs)
         if works is None or misfit is not None:
             self._refuse(action, misfit or "")
             return dense()
         self.outcome = SPARSE
-        bias = None if mask is None else key_bias(mask)
-        return self._sparse(q, k, v, action, works, bias, scale, dense, hidden)
+        bias = pairs.bias() if pairs is not None else None if mask is None else key_bias(mask)
+        out = self._sparse(q, k, v, action, works, bias, scale, dense, hidden)
+        if action.audit:
+            self._audit(out, q, k, v, action, works, bias, scale)
+        return out
 
     def _sparse(
         self,
@@ -204,9 +240,46 @@ class Site:
             return self._eager(q, k, v, work, action, bias, scale, dense, hidden)
         self.backend = choose(plan, q)
         sources = self.sources
+        if action.extra is not None:
+            k, v, sources = _split(k, v, action.extra, sources)
         if plan.sources and bias is not None:  # a mask also weights the tokens that are averaged
             sources, bias = biased_pools(k, v, plan, bias, sources)
-        return sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, sources=sources, groups=work.groups)
+        out = sparse_attention(q, k, v, plan, scale=scale, key_bias=bias, sources=sources, groups=work.groups)
+        if action.pairs is None:
+            return out
+        rest = None
+        if work.unbiased is not None:
+            rest = sparse_attention(q, k, v, work.unbiased, scale=scale, sources=self.sources, groups=work.groups)
+        return action.pairs.joined(out, rest)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _audit(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        action: Action,
+        works: tuple[Work, ...],
+        bias: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Compare a few outputs of picture tokens with those of the model's own, dense attention."""
+        if action.extra is not None or action.pairs is not None:
+            return  # their keys and masks are not those of the call
+        for index, work in enumerate(works):
+            sample = slice(None) if len(works) == 1 else slice(index, index + 1)
+            target = work.layout.segments[work.layout.target]
+            first = work.layout.starts[work.layout.target]
+            rows = sample_rows(first, target.length, action.audit, action.step, q.device)
+            keys, values = k[sample, : work.tokens], v[sample, : work.tokens]
+            own = bias if bias is None or bias.shape[0] == 1 else bias[sample]
+            own = None if own is None else own[..., : work.tokens]
+            dense = outputs_of(weights_of(q[sample], keys, rows, scale, own), values)
+            lost = out[sample, rows].float().transpose(1, 2) - dense
+            sums = torch.stack([lost.square().sum(), dense.square().sum()])
+            self.audited = sums if self.audited is None else self.audited + sums
 
     def density(self) -> float | None:
         """Mean over the works of the current action; None where none says it."""
@@ -256,15 +329,51 @@ def _works_of(action: Action, q: Tensor) -> tuple[Work, ...] | None:
     return next(((work,) for work in works if q.shape[0] == 1 and work.tokens == q.shape[1]), None)
 
 
-def _misfit(action: Action, q: Tensor) -> str:
-    expected = " or ".join(str(tokens) for tokens in sorted({work.tokens for work in action.works}))
-    return f"got {q.shape[1]} tokens, but the layout of the model's call has {expected}"
+def _is_own(action: Action | None, q: Tensor, k: Tensor) -> bool:
+    """Whether a call is the site's business: as many keys as queries, or its extra keys more."""
+    extra = None if action is None else action.extra
+    surplus = k.shape[1] - q.shape[1]
+    if extra is None:
+        return surplus == 0
+    # the references' attention to themselves stays the model's own
+    return surplus == extra.keys or (surplus == 0 and q.shape[1] != extra.keys)
 
 
-def _unmaskable(works: tuple[Work, ...], mask: Tensor | None) -> str | None:
-    if mask is None:
+def _misfit(action: Action, works: tuple[Work, ...] | None, q: Tensor, k: Tensor) -> str | None:
+    if works is None:
+        expected = " or ".join(str(tokens) for tokens in sorted({work.tokens for work in action.works}))
+        return f"got {q.shape[1]} tokens, but the layout of the model's call has {expected}"
+    if action.extra is not None and k.shape[1] == q.shape[1]:
+        return f"got no keys beside those of the {q.shape[1]} queries, but there are {action.extra.keys} of references"
+    return None
+
+
+def _split(k: Tensor, v: Tensor, extra: Extra, sources: Sources | None) -> tuple[Tensor, Tensor, Sources]:
+    """Keys and values of the queries' own tokens, and the sources with the extra ones."""
+    start, stop = extra.start, extra.start + extra.keys
+    own = [torch.cat([x[:, :start], x[:, stop:]], 1) for x in (k, v)]
+    return own[0], own[1], {**(sources or {}), CACHED: (k[:, start:stop], v[:, start:stop])}
+
+
+def _pairs_of(action: Action | None, q: Tensor, k: Tensor) -> ProductMask | None:
+    """The product mask of a call: of those over all tokens of the model."""
+    pairs = None if action is None else action.pairs
+    return pairs if pairs is not None and q.shape[1] == k.shape[1] == pairs.tokens.shape[1] else None
+
+
+def _under(dense: Callable[..., Tensor], pairs: ProductMask) -> Tensor:
+    return dense(pairs.whole())
+
+
+def _unmaskable(action: Action, works: tuple[Work, ...], mask: Tensor | None, pairs: ProductMask | None) -> str | None:
+    if pairs is not None:
+        if mask is not None or any(not isinstance(work.plan, Plan) for work in works):
+            return "the attention mask differs from query to query"
+    elif mask is None:
         return None
-    if key_bias(mask) is None:
+    elif action.extra is not None:
+        return "an attention mask does not cover cached references"
+    elif key_bias(mask) is None:
         return "the attention mask differs from query to query"
     if any(source.weights == "learned" for work in works if work.plan is not None for source in work.plan.sources):
         return "an attention mask does not cover pooled keys with learned weights"

@@ -88,7 +88,9 @@ def sparse_variant(cls: type) -> type:
     # attention modules drop the keyword arguments that are not in the signature of their processor
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     members = {"__call__": call, "__reduce_ex__": _reduce, "__module__": __name__, _BASE: cls}
-    return type(f"Sparse{cls.__name__}", (cls,), members)
+    variant = type(f"Sparse{cls.__name__}", (cls,), members)
+    _compat.know_variant(variant, cls)
+    return variant
 
 
 def _site_of(attn: nn.Module) -> Site:
@@ -109,8 +111,15 @@ def _redirect(original: types.FunctionType) -> types.FunctionType:
     if "F" in names:
         names["F"] = _compat.functional_shim(_sdpa_to_site)
     names.pop("__name__", None)  # torch.compile would resolve globals through the module of that name
-    copy = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
-    copy.__kwdefaults__ = original.__kwdefaults__
+    for name, helper in _compat.helpers(original).items():
+        names[name] = _rebound(helper, names)
+    return _rebound(original, names)
+
+
+def _rebound(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+    """The code of a function with other globals."""
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
@@ -127,9 +136,12 @@ def _dispatch_to_site(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: float | None = None,
         **options: Any,
     ) -> Tensor:
-        def dense() -> Tensor:
-            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
+        def dense(instead: Tensor | None = None) -> Tensor:
+            given = attn_mask if instead is None else instead
+            return dispatch(query, key, value, given, dropout_p, is_causal, scale, **options)
 
+        if _compat.scores_are_skipped():
+            return dense()
         mask = _compat.widened_mask(attn_mask, query.shape[0], key.shape[1])
         refused = _compat.refusal(dropout_p, is_causal, options)
         return _running_site().attend(query, key, value, mask, scale, dense, refused, _RUNNING.hidden)
@@ -149,12 +161,15 @@ def _sdpa_to_site(
 ) -> Tensor:
     """F.scaled_dot_product_attention on [B, H, S, D], sparse where the running site says so."""
 
-    def dense() -> Tensor:
+    def dense(instead: Tensor | None = None) -> Tensor:
+        given = attn_mask if instead is None else instead
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         return out.transpose(1, 2)
 
+    if _compat.scores_are_skipped():
+        return dense().transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     refused = _compat.refusal(dropout_p, is_causal, {})
     return _running_site().attend(q, k, v, attn_mask, scale, dense, refused, _RUNNING.hidden).transpose(1, 2)
