@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import re
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from gensparse.processors import _compat
 from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
 from gensparse.processors.pairs import NO_MASK, ProductMask, last_zero
-from gensparse.processors.site import CACHED, Action, ActionSlot, Extra, Site, Work
+from gensparse.processors.site import CACHED, SPARSE, Action, ActionSlot, Extra, Site, Work
 from gensparse.processors.tally import NOT_SET, Tally, merged
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
@@ -44,6 +45,7 @@ def apply(
     dense_steps: int = 0,
     dense_last_steps: int = 0,
     dense_layers: Iterable[int] = (),
+    audit: int | None = None,
 ) -> "Handle":
     """Make the attention of a pipeline (or of one denoiser) sparse, in place.
 
@@ -56,12 +58,14 @@ def apply(
         dense_last_steps: number of last steps that stay dense. A bare model does not know how many there are: apply to
             the pipeline, or say it by `handle.restart(steps=...)`.
         dense_layers: indices of attention layers, in model order, that stay dense; negative ones count from the end.
+        audit: picture tokens per attention call whose output is compared with dense attention, exactly and at little
+            cost; `report()["error"]` tells the difference. By default as many as the method wants (none, but for auto).
 
     Raises:
         ConfigError: an unknown method or setting, or a model of no supported family.
         UnsupportedProcessorError: a processor cannot be made sparse; the model is unchanged then.
     """
-    settings = Settings(as_method(method), strict, dense_steps, dense_last_steps, dense_layers)
+    settings = Settings(as_method(method), strict, dense_steps, dense_last_steps, dense_layers, audit)
     _compat.warn_of_other_versions()
     models, clock = _models(pipe_or_model), Clock()  # denoisers that take turns count the steps of one run
     attachments = [Attachment(model, settings, pipe_or_model, clock, len(models)) for model in models]
@@ -156,6 +160,7 @@ class Settings:
     dense_steps: int = 0
     dense_last_steps: int = 0
     dense_layers: Iterable[int] = ()
+    audit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_last_steps"):
@@ -166,6 +171,10 @@ class Settings:
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in layers):
             raise ConfigError(f"dense_layers={self.dense_layers!r} is not allowed; pass indices of attention layers.")
         object.__setattr__(self, "dense_layers", layers)
+        rows = self.method.audit if self.audit is None else self.audit
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            raise ConfigError(f"audit={rows!r} is not allowed; pass a number of tokens from 0 up.")
+        object.__setattr__(self, "audit", rows)
 
     @property
     def timed(self) -> bool:
@@ -215,7 +224,9 @@ class Handle:
             "sparse": number of sites, by their last call (before the first: as set up); "dense": {reason: sites};
             "calls": the same two, counted by call; "backend": those of the last sparse calls; "density": share of
             the query-key pairs that is computed, mean over the sites of what each did in its last sparse call.
-            Both are None before a sparse call. "method": its settings as data; "family": of the model.
+            Both are None before a sparse call. "method": its settings as data; "family": of the model. "error":
+            {"measured": relative error of the attention outputs against dense ones, root mean square over the tokens
+            that `audit` looked at; "predicted": what the method expected}, each None where it is not known.
         """
         attached = self._attachments
         densities = [density for attachment in attached for density in attachment.tally.densities()]
@@ -225,6 +236,7 @@ class Handle:
             "density": sum(densities) / len(densities) if densities else None,
             "method": attached[0].method.to_dict(),
             "family": _listed(attachment.family.name for attachment in attached),
+            "error": _error_of(attached),
         }
 
     def restart(self, steps: int | None = None) -> None:
@@ -263,7 +275,7 @@ class Attachment:
         self.slots: dict[SlotKey, ActionSlot] = {}
         self.sites = {name: self._site(name, pinned) for name in self.modules}
         self.clock, self.memo, self.run = clock or Clock(), TensorMemo(), _Run(owner)
-        self.tally = Tally(self._counted)
+        self.tally = Tally(self.counted)
         self.loaded: Loaded | None = None
         self._works: dict[Any, Work] = {}
         self._hook: Any = None
@@ -282,7 +294,7 @@ class Attachment:
         return family_of(self.model)
 
     @property
-    def _counted(self) -> list[Site]:
+    def counted(self) -> list[Site]:
         return [site for site in self.sites.values() if site.slot is not None]
 
     @property
@@ -293,7 +305,14 @@ class Attachment:
     @property
     def backends(self) -> set[str]:
         """Names of the backends of the sites' last sparse calls."""
-        return {site.backend for site in self._counted if site.backend is not None}
+        return {site.backend for site in self.counted if site.backend is not None}
+
+    def predicted_errors(self) -> list[float]:
+        """What the method predicts for every layout of the last call."""
+        actions = [slot.get() for slot in self.slots.values()]
+        layouts = {work.layout for action in actions if action is not None for work in action.works}
+        found = (self.method.predicted_error(layout) for layout in layouts)
+        return [value for value in found if value is not None]
 
     def check(self) -> None:
         """UnsupportedProcessorError when a processor cannot be made sparse."""
@@ -314,7 +333,7 @@ class Attachment:
             site.notes = self.loaded.notes(self.places[name]) if self.loaded else None
             if swap:
                 make_sparse(module.processor)
-        self.tally = Tally(self._counted)
+        self.tally = Tally(self.counted)
         self._hook = self.model.register_forward_pre_hook(self.begin, with_kwargs=True)
         setattr(self.model, _ATTACHMENT, self)
 
@@ -340,6 +359,21 @@ class Attachment:
         processor = copy(module.processor)
         make_sparse(processor)
         return processor
+
+    def forecast(self, layouts: Layouts, now: At) -> dict[str, tuple[str, float | None]]:
+        """What every site would do in a call with these layouts, by name: ("sparse" or why not, density).
+
+        Nothing is put on the model, which may be without weights.
+        """
+        here = {"": torch.empty(0)}
+        actions = {key: self._action(key, now, layouts, here) for key in self.slots}
+        found = {}
+        for name, place in self.places.items():
+            action = actions[SlotKey(place.role, self.method.kind(place), place.heads)]
+            outcome = self.sites[name].pinned or (SPARSE if action.works else action.reason)
+            known = [work.density for work in action.works if work.density is not None]
+            found[name] = (outcome, sum(known) / len(known) if known and outcome == SPARSE else None)
+        return found
 
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -444,7 +478,8 @@ class Attachment:
         native = self.family.native_at(key.role, self.subject.native_tokens)
         gain, seed = method.logit_gain(own[0], native), getattr(method, "seed", 0)
         strict = self.settings.strict
-        return Action(tuple(works), gain=gain, strict=strict, step=at.step, seed=seed, masked=masked)
+        more = {"step": at.step, "seed": seed, "masked": masked, "audit": self.settings.audit or 0}
+        return Action(tuple(works), gain=gain, strict=strict, **more)
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:
@@ -586,6 +621,17 @@ def _detach(model: nn.Module) -> None:
 def _attention(model: nn.Module) -> dict[str, nn.Module]:
     """Every module with an attention processor, by name; some models have no `attn_processors`."""
     return {name: module for name, module in model.named_modules() if getattr(module, "processor", None) is not None}
+
+
+def _error_of(attached: "Sequence[Attachment]") -> dict[str, float | None]:
+    """Relative error of the attention outputs: as measured by audits, and as the method predicted it."""
+    sums = [site.audited for attachment in attached for site in attachment.counted if site.audited is not None]
+    lost, norm = torch.stack([x.double().cpu() for x in sums]).sum(0).tolist() if sums else (0.0, 0.0)
+    predicted = [value for attachment in attached for value in attachment.predicted_errors()]
+    return {
+        "measured": math.sqrt(lost / norm) if norm else None,
+        "predicted": max(predicted) if predicted else None,
+    }
 
 
 def _listed(names: Iterable[str]) -> str | None:

@@ -36,6 +36,7 @@ class Auto(Method):
     """
 
     name: ClassVar[str] = "auto"
+    audit: ClassVar[int] = 8
     paper: ClassVar[str] = "ours; not published"
     licence: ClassVar[str] = "nothing of others"
     use: ClassVar[str] = (

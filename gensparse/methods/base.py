@@ -93,6 +93,8 @@ class Method(ABC):
     """Whether `pattern` looks at the step; reading it waits for the device once per step."""
     edits: ClassVar[bool] = False
     """Whether `pattern` has a rule for reference pictures in the sequence (see `methods.pictures`)."""
+    audit: ClassVar[int] = 0
+    """Picture tokens per call that are compared with dense attention unless the user says otherwise."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by the model they were published for; `Method.preset`, "name:preset=model"."""
     paper: ClassVar[str] = ""
@@ -137,6 +139,10 @@ class Method(ABC):
             native_tokens: picture tokens at the model's training size, None when nothing says it.
         """
         return 1.0
+
+    def predicted_error(self, layout: Layout) -> float | None:
+        """Relative error of the attention outputs on `layout` that this method expects; None where it has no idea."""
+        return None
 
     def resolved(self, subject: Subject) -> Self:
         """This method with every setting that was left to the model filled in for it.

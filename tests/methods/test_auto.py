@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from gensparse.layout import Layout
 from gensparse.methods import Auto, parse_method
 from gensparse.methods.profile import FILE_NAME, GridProfile, LayerProfile, Profile
 from gensparse.patterns import Box, Text
+from gensparse.plan import build_plan
 from gensparse.processors.operators import OperatorCall
 from gensparse.processors.rows import sample_rows
+from gensparse.processors.site import Action, ActionSlot, Site, Work
 from gensparse.testing.tiny import tiny_denoiser, tiny_flux_pipeline, tiny_inputs
 
 SITES = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
@@ -252,3 +255,55 @@ def test_calibrating_nothing_is_refused() -> None:
         calibrate(model, lambda: None)
     with pytest.raises(ConfigError, match="rows"):
         calibrate(model, lambda: None, rows=0)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "wan", "hunyuan_video", "lumina2"])
+def test_audits_measure_the_error_of_windows(name: str) -> None:
+    """With every token looked at, the audit is the error of all picture outputs against dense ones."""
+    grid = (3, 5, 7) if name in ("wan", "hunyuan_video") else (1, 7, 5)
+    model, inputs = tiny_denoiser(name), tiny_inputs(name, grid, text=4)
+    if name == "sdxl":
+        inputs = tiny_inputs(name, grid)
+    for radius, low, high in ((100, 0.0, 1e-5), (1, 1e-3, 3.0)):
+        handle = gensparse.apply(model, f"sliding_window:radius={radius}", strict=True, audit=10_000)
+        with torch.no_grad():
+            model(**inputs)
+        error = handle.report()["error"]
+        assert error["predicted"] is None
+        assert low <= error["measured"] <= high
+    gensparse.remove(model)
+
+
+def test_an_audit_equals_the_error_of_the_call() -> None:
+    layout = Layout.image(5, 7, text=3)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, layout.tokens, 3, 8, generator=generator) for _ in range(3))
+    slot = ActionSlot()
+    slot.put(Action((Work(layout, plan=build_plan(Box(1) | Text(), layout)),), audit=1000))
+    site = Site("attn", slot)
+    bias = torch.randn(1, 1, 1, layout.tokens, generator=generator)
+    out = site.attend(q, k, v, bias, 0.4, lambda: v)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2).double() for x in (q, k, v)), attn_mask=bias.double(), scale=0.4
+    ).transpose(1, 2)
+    lost, norm = site.audited.tolist()
+    assert lost == pytest.approx(float((out - dense)[:, 3:].square().sum()), rel=1e-4)
+    assert norm == pytest.approx(float(dense[:, 3:].square().sum()), rel=1e-4)
+
+
+def test_auto_reports_predicted_and_measured_error() -> None:
+    model, inputs = tiny_denoiser("flux"), tiny_inputs("flux", (1, 11, 13), text=4)
+    measured = calibrate(model, lambda: run(model, inputs), rows=143, radii=(1, 3))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "p.json")
+        file.write_text(measured.to_json())
+        handle = gensparse.apply(model, Auto(error=1.0, density=0.5, dense_below=0, profile=str(file)), audit=1000)
+    run(model, inputs)
+    error = handle.report()["error"]
+    # the second layer's input is no longer the one that was measured, and heads differ in size
+    assert error["measured"] == pytest.approx(error["predicted"], rel=0.5)
+
+
+def test_audit_is_checked() -> None:
+    with pytest.raises(ConfigError, match="audit=-1"):
+        gensparse.apply(tiny_denoiser("flux"), "clear", audit=-1)
