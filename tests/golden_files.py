@@ -29,7 +29,7 @@ OWNED: dict[str, tuple[str, ...]] = {
         "methods/test_golden_methods.py",
         "kernels",
     ),
-    "radial": ("test_golden_geometry.py",),
+    "radial": ("test_golden_geometry.py", "methods/test_golden_video_methods.py"),
     "freeswim": ("test_golden_geometry.py", "methods/test_golden_methods.py"),
     "scale_dit": ("test_golden_geometry.py", "methods/test_golden_methods.py"),
     "hybrids": (
@@ -37,9 +37,11 @@ OWNED: dict[str, tuple[str, ...]] = {
         "test_golden_pooled.py",
         "test_golden_routed.py",
         "methods/test_golden_methods.py",
+        "methods/test_golden_video_methods.py",
     ),
-    "ptdit": ("test_golden_pooled.py",),
-    "psa": ("test_golden_routed.py",),
+    "ptdit": ("test_golden_pooled.py", "methods/test_golden_video_methods.py"),
+    "psa": ("test_golden_routed.py", "methods/test_golden_video_methods.py"),
+    "agentsd": ("methods/test_golden_video_methods.py",),
     "highres-rope": ("highres",),
     "highres-freq": ("highres",),
     "freecustom": ("test_golden_references.py",),
@@ -137,6 +139,14 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
         "pooled_kv": Schema(grammar=r"c\d+_(q|k|v|out|params)"),
         "block": Schema(grammar=r"x|y|text|text_mask|timestep6|compress_ratios|heads|w\..+"),
         "tiny_model": Schema(grammar=r"config|x|t|y|text|text_mask|w\..+"),
+    },
+    "agentsd": {
+        "layer": _schema(
+            "hidden normed out merge_unmerge dst_index n_merged n_agents params w.to_q.weight w.to_k.weight "
+            "w.to_v.weight w.to_out.0.weight w.to_out.0.bias",
+            "agents_sorted_by_dst",
+        ),
+        "core": Schema(grammar=r"c\d+_(q|k|v|agent|out|k_scale2|k_shortcut)"),
     },
     "psa": {
         "importance": _schema("q k sample_q sample_k importance block_m block_n"),

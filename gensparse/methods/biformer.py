@@ -10,7 +10,7 @@ from gensparse.patterns import RoutedPattern, TopRegions
 
 @dataclass(frozen=True)
 class BiFormer(Method):
-    """Picture tokens see text and all tokens of the best regions, their own always among them; text sees everything.
+    """Picture tokens see text and all tokens of the best regions, their own among them; text sees everything.
 
     Regions are ranked by the product of their mean query and mean key, at every call. The defaults are the module's;
     its trained depth-wise branch is not part of it. The own region and the text are forced in, which a pretrained model
@@ -19,6 +19,7 @@ class BiFormer(Method):
     Args:
         regions: regions per axis, one value (every axis longer than one token) or (H, W) or (F, H, W).
         top: regions that a region sees, the own one included.
+        own: always see the own region, as one of `top`; false is the paper's choice.
         per_head: every head chooses for itself, instead of all together as in the paper.
 
     Raises:
@@ -34,6 +35,7 @@ class BiFormer(Method):
 
     regions: int | tuple[int, ...] = 7
     top: int = 4
+    own: bool = True
     per_head: bool = False
 
     def __post_init__(self) -> None:
@@ -43,4 +45,4 @@ class BiFormer(Method):
         return self._regions().clamped(layout.grid)
 
     def _regions(self) -> TopRegions:
-        return TopRegions(self.regions, self.top, own=True, per_head=self.per_head)
+        return TopRegions(self.regions, self.top, own=self.own, per_head=self.per_head)
