@@ -87,10 +87,11 @@ def scaled(own: patterns.Neighborhood, base: tuple[int | None, ...], grid: Grid)
     axes = []
     for window, stride, dilation, whole, length in zip(windows, strides, dilations, base, grid, strict=True):
         if whole is not None:
+            scale = length / whole  # first, as published: halves are rounded by what is left of them
             if window is not None:
-                window = min(max(2, round(window * length / whole)), length)
-            stride = min(max(1, round(stride * length / whole)), length if window is None else window)
-            dilation = min(max(1, round(dilation * length / whole)), 1 if window is None else length // window)
+                window = min(max(2, round(window * scale)), length)
+            stride = min(max(1, round(stride * scale)), length if window is None else window)
+            dilation = min(max(1, round(dilation * scale)), 1 if window is None else length // window)
         axes.append((window, stride, dilation))
     window, stride, dilation = zip(*axes, strict=True)
     return patterns.Neighborhood(window, stride, dilation, own.causal)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import gensparse
 from gensparse.families import Layouts, TensorMemo, family_of
 from gensparse.layout import Layout
-from gensparse.methods import Clear, Method, Neighborhood, SlidingWindow
+from gensparse.methods import At, Clear, Dense, Method, Neighborhood, Place, SlidingWindow, Subject
 
 WHOLE = (Clear(radius=1000), Neighborhood(window=1000), SlidingWindow(radius=1000))
 """Methods whose window covers every grid of a test."""
@@ -106,17 +106,17 @@ def _inside(model: nn.Module, names: Sequence[str], calls: _Calls) -> Iterator[N
 
 
 class _Masked(_Calls):
-    """Every self-attention call of the sites gets the dense mask of its role."""
+    """Every self-attention call of a site gets its dense mask."""
 
-    def __init__(self, roles: Mapping[str, str], masks: Mapping[str, Sequence[Tensor]]) -> None:
+    def __init__(self, masks: Mapping[str, Sequence[Tensor]]) -> None:
         super().__init__()
-        self.roles, self.masks = roles, masks
+        self.masks = masks
         self.seen: set[str] = set()
 
     def attend(self, module: str, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         given = kwargs.pop("attn_mask", None)
         if query.shape[-2] == key.shape[-2]:
-            window = _batched(self.masks[self.roles[module]], query.shape[0], query.shape[-2])
+            window = _batched(self.masks[module], query.shape[0], query.shape[-2])
             given = _both(given, window, query.shape[0], key.shape[-2])
             self.seen.add(module)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=given, **kwargs)
@@ -161,18 +161,32 @@ def masked_output(
         layouts: by role; one for all samples or one for each.
         names: the sites that see less; all of them by default.
     """
-    roles = {name: role for name, role in sites_of(model).items() if names is None or name in names}
-    masks = {role: [_mask(method, one, role) for one in _each(layouts[role])] for role in set(roles.values())}
-    calls = _Masked(roles, masks)
-    with _inside(model, list(roles), calls):
+    roles = sites_of(model)
+    method = method.resolved(Subject(family_of(model).name, model))
+    masks = {}
+    for layer, (name, role) in enumerate(roles.items()):
+        if names is None or name in names:
+            place = Place(role, layer, len(roles), _heads(model.get_submodule(name)), name)
+            masks[name] = [_mask(method, one, place) for one in _each(layouts[role])]
+    calls = _Masked(masks)
+    with _inside(model, list(masks), calls):
         out = output(model, inputs)
-    assert calls.seen == set(roles), f"sites without an attention call: {sorted(set(roles) - calls.seen)}"
+    assert calls.seen == set(masks), f"sites without an attention call: {sorted(set(masks) - calls.seen)}"
     return out
 
 
-def _mask(method: Method, layout: Layout, role: str) -> Tensor:
-    pattern = method.pattern(layout)
-    return torch.from_numpy(pattern.dense_mask(layout))
+def _mask(method: Method, layout: Layout, place: Place) -> Tensor:
+    """[G, N, N], a mask for all heads or one for each."""
+    at = At(method.kind(place), place.role, layout=layout)
+    pattern, heads = method.pattern(layout, at), method.heads(at, place.heads)
+    if isinstance(pattern, Dense):
+        return torch.ones(1, layout.tokens, layout.tokens, dtype=torch.bool)
+    mask = torch.from_numpy(pattern.dense_mask(layout))
+    return mask if heads is None else mask[list(heads)]
+
+
+def _heads(module: nn.Module) -> int:
+    return int(getattr(module, "heads", getattr(module, "num_heads", 0)))
 
 
 def _each(layouts: Layout | Sequence[Layout]) -> Sequence[Layout]:
