@@ -1,5 +1,6 @@
-"""What families of clips share: tokens of a clip from pixels and frames, and from the coordinates of its tokens."""
+"""What families of clips share: grids from pixels and frames, and layouts from the coordinates of tokens."""
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from gensparse.errors import ConfigError, LayoutMismatchError
 from gensparse.families.base import whole_tokens
 from gensparse.families.position_ids import Numbers, raster_grid
-from gensparse.layout import Grid
+from gensparse.layout import Grid, Layout, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +33,18 @@ def clip_grid(family: str, frames: int, height: int, width: int, *, token: int, 
 
 def rounded_frames(frames: int, vae_time: int) -> int:
     """Frames that pipelines make which round to one more than a multiple of `vae_time`; 80 become 81 with 4."""
-    return frames // vae_time * vae_time + 1 if isinstance(frames, int) and frames > 0 else frames
+    countable = isinstance(frames, int) and not isinstance(frames, bool) and frames > 0
+    return frames // vae_time * vae_time + 1 if countable else frames
 
 
-def grid_of_coordinates(family: str, coordinates: "torch.Tensor") -> Grid:
-    """(F, H, W) of tokens whose times, rows and columns are given, [B, 3, N] or their first and last ones [B, 3, N, 2].
+def layout_of_coordinates(family: str, coordinates: "torch.Tensor") -> Layout:
+    """Layout of tokens whose times, rows and columns are given, [B, 3, N] or their first and last ones [B, 3, N, 2].
+
+    Conditions stand beside the clip as runs of frames of their own, which start after time 0; they are references.
 
     Raises:
-        LayoutMismatchError: the samples differ, or the tokens are not frames of one size in order of time. Conditions
-            that stand beside the clip in the same sequence are such a case: nothing says which run is the clip.
+        LayoutMismatchError: the samples differ, the tokens are not frames of one size in order of time, or there are
+            several runs of frames and not exactly one of them starts at time 0.
     """
     table = coordinates.detach().float().cpu().numpy()
     table = table[..., 0] if table.ndim == 4 else table
@@ -50,23 +54,38 @@ def grid_of_coordinates(family: str, coordinates: "torch.Tensor") -> Grid:
         )
     if not (table == table[:1]).all():
         raise LayoutMismatchError(f"The coordinates of the {family} call differ between samples; run them one by one.")
-    return _frames_in_order(family, *table[0])
+    times, height, width = _frames(family, *table[0])
+    cuts = np.flatnonzero(np.diff(times) <= 0) + 1
+    edges = [0, *(int(cut) for cut in cuts), len(times)]
+    runs = [(stop - start, times[start]) for start, stop in pairwise(edges)]
+    first = [start == 0 for _, start in runs]
+    if len(runs) > 1 and (sum(first) != 1 or min(start for _, start in runs) < 0):
+        raise LayoutMismatchError(
+            f"The coordinates of the {family} call are {len(runs)} runs of frames, {sum(first)} of which start at time "
+            "0; which of them is the clip cannot be told."
+        )
+    kinds = ["target" if clip or len(runs) == 1 else "reference" for clip in first]
+    return Layout(
+        tuple(
+            Segment(kind, frames * height * width, (frames, height, width))
+            for kind, (frames, _) in zip(kinds, runs, strict=True)
+        )
+    )
 
 
-def _frames_in_order(family: str, times: Numbers, rows: Numbers, columns: Numbers) -> Grid:
+def _frames(family: str, times: Numbers, rows: Numbers, columns: Numbers) -> tuple[Numbers, int, int]:
+    """Times of the frames, and their rows and columns, from coordinates of tokens [N]."""
     again = np.flatnonzero((rows == rows[0]) & (columns == columns[0]))
     plane = int(again[1]) if len(again) > 1 else len(rows)
     height, width = raster_grid(rows[:plane], columns[:plane])
     frames, rest = divmod(len(rows), plane)
     if rest == 0:
-        grid = (frames, plane)
-        times, rows, columns = times.reshape(grid), rows.reshape(grid), columns.reshape(grid)
-        same = (times == times[:, :1]).all() and (rows == rows[:1]).all() and (columns == columns[:1]).all()
-        if same and (np.diff(times[:, 0]) > 0).all():
-            return frames, height, width
+        times, rows, columns = (values.reshape(frames, plane) for values in (times, rows, columns))
+        if (times == times[:, :1]).all() and (rows == rows[:1]).all() and (columns == columns[:1]).all():
+            return times[:, 0], height, width
     raise LayoutMismatchError(
-        f"The coordinates of {columns.size} {family} tokens are not frames of one size in order of time; tokens of "
-        "conditions beside the clip cannot be told from it."
+        f"The coordinates of {columns.size} {family} tokens are not frames of {height}x{width} tokens; pass those of "
+        "whole frames of one size."
     )
 
 

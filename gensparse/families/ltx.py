@@ -1,18 +1,17 @@
 """LTX-Video and the video half of LTX-2: self-attention over packed tokens of the clip, text (and sound) apart.
 
 The grid stands in arguments of its own. Where coordinates of the tokens are given they count, as they do for the model;
-clips with conditions beside them in the sequence, which only coordinates could tell, are refused.
+conditions that stand beside the clip in the sequence, which only coordinates tell, are references.
 """
 
 from collections.abc import Mapping
 from functools import partial
-from math import prod
 from typing import Any
 
 from gensparse.errors import ConfigError, LayoutMismatchError
 from gensparse.families.base import Family, Layouts, TensorMemo, needed, sites_of
-from gensparse.families.clips import clip_grid, grid_of_coordinates
-from gensparse.layout import Grid, Layout
+from gensparse.families.clips import clip_grid, layout_of_coordinates
+from gensparse.layout import Layout
 
 
 def read_layouts(_model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Layouts:
@@ -25,15 +24,15 @@ def read_layouts(_model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Lay
     coordinates = bound.get("video_coords")
     if coordinates is None:
         frames, height, width = needed("LTX", bound, "num_frames", "height", "width")
-        grid: Grid = (int(frames), int(height), int(width))
+        layout = Layout.joint((int(frames), int(height), int(width)))
     else:
-        grid = memo.get(coordinates, partial(grid_of_coordinates, "LTX"))
-    if tokens.ndim != 3 or tokens.shape[1] != prod(grid):
+        layout = memo.get(coordinates, partial(layout_of_coordinates, "LTX"))
+    if tokens.ndim != 3 or tokens.shape[1] != layout.tokens:
         raise LayoutMismatchError(
             f"LTX got tokens of shape {tuple(tokens.shape)}, but its arguments describe a grid of "
-            f"{'x'.join(map(str, grid))} = {prod(grid)}; pass the grid of the packed latents."
+            f"{'x'.join(map(str, layout.grid))} and {layout.tokens} tokens; pass the grid of the packed latents."
         )
-    return {"self": Layout.joint(grid)}
+    return {"self": layout}
 
 
 def layout_for(

@@ -12,7 +12,7 @@ from gensparse.families import wan
 from gensparse.families.base import Layouts, TensorMemo
 from gensparse.families.clips import untold_size
 from gensparse.layout import Layout
-from gensparse.patterns import Neighborhood, Pattern
+from gensparse.patterns import Blocks, Neighborhood, Pattern
 
 
 def read_layouts(model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Layouts:
@@ -38,7 +38,8 @@ def own_mask(model: Any, _layout: Layout) -> Pattern | None:
     block = _block(model)
     if block == 1:
         return None
-    return Neighborhood((None, None, None), stride=(block, 1, 1), causal=(True, False, False))
+    earlier = Neighborhood((None, None, None), causal=(True, False, False))
+    return earlier | Blocks((block, None, None))
 
 
 def _block(model: Any) -> int:

@@ -29,3 +29,18 @@ def test_tensors_of_any_shape_count_by_their_largest_value() -> None:
     first = [torch.tensor(900), torch.full((2,), 900.0), torch.tensor([[0.0, 900.0], [900.0, 900.0]])]
     assert [clock.tick(t) for t in first] == [0, 0, 0]
     assert clock.tick(torch.tensor([700, 0])) == 1
+
+
+def test_equal_timesteps_at_different_moments_are_different_steps() -> None:
+    clock = Clock()
+    # the scheduler's times, and what is left of them in half precision
+    calls = [(1000.0, 1000.0), (1000.0, 1000.0), (1000.0, 999.0), (1000.0, 999.0), (996.0, 997.0)]
+    assert [clock.tick(timestep, moment) for timestep, moment in calls] == [0, 0, 1, 1, 2]
+
+
+def test_moments_count_only_where_timesteps_are_equal() -> None:
+    clock = Clock()
+    # a scheduler that does not tell where it is, and a second run that starts where the first one ended
+    assert [clock.tick(timestep, 1000.0) for timestep in (900.0, 800.0, 800.0, 900.0)] == [0, 1, 1, 0]
+    clock.restart()
+    assert clock.tick(900.0, 500.0) == 0

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import attention_processor as legacy
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 
 from gensparse.errors import UnsupportedProcessorError
+from gensparse.processors.native import NATIVE, native_call
 from gensparse.processors.site import Action, ActionSlot, Site
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
@@ -21,6 +23,7 @@ CLASSES = [
     legacy.AttnProcessor2_0,
     legacy.JointAttnProcessor2_0,
     legacy.FusedAttnProcessor2_0,
+    HunyuanVideo15AttnProcessor2_0,
 ]
 UNSUPPORTED = [
     legacy.AttnProcessor,
@@ -114,3 +117,17 @@ def test_nothing_outside_the_processor_is_patched() -> None:
     make_sparse(attn.processor)
     attn(torch.randn(1, 4, 8))
     assert F.scaled_dot_product_attention is sdpa is legacy.F.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_code_has_the_parameters_of_the_processor_it_stands_for(name: str) -> None:
+    (cls,) = (cls for cls in CLASSES if cls.__name__ == name)
+    native = native_call(cls)
+    assert native is not None
+    theirs = inspect.signature(cls.__call__).parameters.values()
+    own = inspect.signature(native).parameters.values()
+    assert [(one.name, one.default) for one in own] == [(one.name, one.default) for one in theirs]
+
+
+def test_processors_without_native_code_keep_their_own() -> None:
+    assert native_call(FluxAttnProcessor) is None
