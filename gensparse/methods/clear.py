@@ -11,6 +11,7 @@ from gensparse.errors import ConfigError
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Loaded, Method, Place, Subject
 from gensparse.methods.checks import flag, whole
+from gensparse.methods.pictures import over_pictures
 from gensparse.methods.weights import (
     Replaced,
     base_layer,
@@ -21,7 +22,7 @@ from gensparse.methods.weights import (
     stored,
     why_not_plain,
 )
-from gensparse.patterns import Disc, Pattern, Pooled, Text
+from gensparse.patterns import Disc, Pattern, Pooled
 
 if TYPE_CHECKING:  # methods are listed and described without torch
     from torch import Tensor, nn
@@ -41,6 +42,9 @@ class Clear(Method):
     name the five published ones. Without those weights this is a training-free window, and what it changes grows as the
     radius shrinks. Load them with `weights="Huage001/CLEAR"`; check their licence, they derive from FLUX.1-dev. They
     replace the model's own projections until the method is removed, so a checkpoint saved in between holds them.
+
+    References of the target's grid are seen through the same disc, others wholly (see `methods.pictures`), which is
+    our rule: nothing was published for models that edit.
 
     Args:
         radius: of the disc, in tokens; 8, 16 and 32 were published.
@@ -68,6 +72,7 @@ class Clear(Method):
     use: ClassVar[str] = (
         "FLUX pictures of 2K and more; with the distilled weights for quality, without them as a plain disc"
     )
+    edits: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "local_8": {"radius": 8},
         "local_16": {"radius": 16},
@@ -88,7 +93,7 @@ class Clear(Method):
         place_of(self.name, self.weights)
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
-        local = Disc(self.radius) | Text()
+        local = over_pictures(Disc(self.radius), layout)
         if self.down_factor == 1:
             return local
         if self.weights is None:
