@@ -1,6 +1,7 @@
 """SkyReels V2: Wan's sequence; models with causal blocks of frames mask attention themselves.
 
-In diffusion forcing every frame has a timestep of its own. The step of a call is that of its noisiest frame.
+Sparse calls keep to those blocks without the mask of token pairs that the model makes at every call. In diffusion
+forcing every frame has a timestep of its own, and the step of a call is that of its noisiest frame.
 """
 
 from collections.abc import Mapping
