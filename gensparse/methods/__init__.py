@@ -115,12 +115,13 @@ def as_method(method: Method | str | Mapping[str, Any]) -> Method:
 
 def _value(text: str) -> Any:
     """true, none, 16, 80x80, 1.5; anything else stays text, which the method then refuses by name."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    parts = [None if part == "none" else _number(part) for part in text.lower().split("x")]
+    parts = [_WORDS[part] if part in _WORDS else _number(part) for part in text.lower().split("x")]
     if any(isinstance(part, str) for part in parts):
         return text
     return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+_WORDS = {"true": True, "false": False, "none": None}
 
 
 def _number(text: str) -> int | float | str:

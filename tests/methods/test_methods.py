@@ -10,7 +10,27 @@ import pytest
 from gensparse import methods
 from gensparse.errors import ConfigError
 from gensparse.layout import Layout
-from gensparse.methods import METHODS, Clear, Method, Neighborhood, SlidingWindow, as_method, parse_method
+from gensparse.methods import (
+    METHODS,
+    PSA,
+    AgentSD,
+    BiFormer,
+    Clear,
+    CosmosSparse,
+    DoubleWindow,
+    FreeSwimWindow,
+    HiLo,
+    LongDistance,
+    Method,
+    MswMsa,
+    Neighborhood,
+    Proxy,
+    Radial,
+    SlidingWindow,
+    as_method,
+    parse_method,
+)
+from gensparse.methods.describe import method_text
 
 EXAMPLES = [
     Clear(),
@@ -20,16 +40,59 @@ EXAMPLES = [
     Neighborhood(window=5),
     SlidingWindow(),
     SlidingWindow(radius=(2, 5)),
+    Proxy(),
+    Proxy(window=(None, 3), alternate=False),
+    FreeSwimWindow(),
+    FreeSwimWindow(half=(1, 0), n0=None),
+    DoubleWindow(),
+    DoubleWindow(window=3),
+    LongDistance(),
+    LongDistance(group=(2, 3), interval=2),
+    Neighborhood(window=(6, 5), stride=3, base=(20, None)),
+    Neighborhood.preset("flux.1-dev"),
 ]
+"""Methods whose pattern is a mask of every layout, in which a token always sees itself."""
+
+CHOSEN = [
+    PSA(),
+    PSA(32, 64, (0.4, 0.5, 0.6, 0.8), "threshold", (0.7, 0.65, 0.6), "gilbert", "replicate", 16, 0.3, 7),
+    BiFormer(),
+    BiFormer(regions=(4, 5), top=2, own=False, per_head=True),
+    AgentSD(),
+    AgentSD(0.3, 0.8, (4, 2), 0.2, 0.5, 3, 8, 0.5, 0.0, 2, "normed", False, 3),
+    Radial(),
+    Radial(0.5, 64, False, 3, 2, "upstream", "half"),
+    HiLo(),
+    HiLo(window=(2, 3), alpha=0.25),
+    HiLo(low_heads=(3, 0)),
+    MswMsa(),
+    MswMsa("down_blocks.1+up_blocks.1", draw="step", seed=7),
+    CosmosSparse("14b"),
+    Clear(weights="Huage001/CLEAR@main", down_factor=4),
+]
+"""Methods that choose at run time, see averages alone, or are for some models or calls only."""
 
 
-@pytest.mark.parametrize("method", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("method", [*EXAMPLES, *CHOSEN], ids=repr)
 def test_dict_round_trip_through_json_gives_an_equal_method(method: Method) -> None:
     data = json.loads(json.dumps(method.to_dict()))
     assert data["method"] == method.name
     assert data["version"] == 1
     assert Method.from_dict(data) == type(method).from_dict(data) == as_method(data) == method
     assert hash(Method.from_dict(data)) == hash(method)
+
+
+@pytest.mark.parametrize("method", [*EXAMPLES, *CHOSEN], ids=repr)
+def test_text_round_trip_gives_an_equal_method(method: Method) -> None:
+    assert parse_method(method_text(method.to_dict())) == method
+
+
+@pytest.mark.parametrize("cls", METHODS.values())
+def test_presets_are_settings_of_their_method(cls: type[Method]) -> None:
+    for name, settings in cls.presets.items():
+        assert cls.preset(name) == cls(**settings) == parse_method(f"{cls.name}:preset={name}")
+    with pytest.raises(ConfigError, match=r"unknown .* preset"):
+        cls.preset("another model")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +104,21 @@ def test_dict_round_trip_through_json_gives_an_equal_method(method: Method) -> N
         ("neighborhood:window=80x80,stride=16x16", Neighborhood((80, 80), (16, 16))),
         ("neighborhood:window=7,causal=false", Neighborhood(window=7)),
         ("sliding_window:radius=2x5", SlidingWindow((2, 5))),
+        ("neighborhood:preset=hunyuan_video-sta", Neighborhood((18, 24, 24), (6, 8, 8))),
+        ("neighborhood:window=Nonex12x24,base=nonex44x80", Neighborhood((None, 12, 24), base=(None, 44, 80))),
+        ("freeswim_window:preset=wan2.1-t2v-14b,n0=none", FreeSwimWindow((22, 40), None)),
+        ("clear:preset=local_16_down_4,weights=Huage001/CLEAR", Clear(16, 4, weights="Huage001/CLEAR")),
+        ("msw_msa:blocks=down_blocks.1+up_blocks.1,draw=step", MswMsa("down_blocks.1+up_blocks.1", "step")),
+        ("radial:decay=0.5,sink=false,dense_steps=0.25,dense_layers=2", Radial(0.5, None, False, 0.25, 2)),
+        ("radial:preset=wan2.1-t2v-14b-lightx2v,block=64", Radial(0.2, 64, True, 1, 1)),
+        ("psa:ends=0.4x0.5x0.6x0.8,mode=threshold,caps=none", PSA(ends=(0.4, 0.5, 0.6, 0.8), mode="threshold")),
+        ("psa:preset=wan2.1-t2v-1.3b,seed=3", PSA.preset("wan2.1-t2v-1.3b", seed=3)),
+        ("proxy:window=nonex4x4,alternate=false", Proxy((None, 4, 4), False)),
+        ("hilo:window=2,low_heads=0x3", HiLo(low_heads=(0, 3))),
+        ("hilo:low_heads=3", HiLo(low_heads=(3,))),
+        ("biformer:regions=4x5,top=2", BiFormer((4, 5), 2)),
+        ("agentsd:cell=4x2,metric=normed,early_steps=8", AgentSD(cell=(4, 2), metric="normed", early_steps=8)),
+        ("agentsd:preset=sdxl", AgentSD(max_downsample=2)),
     ],
 )
 def test_text_form_is_read(text: str, method: Method) -> None:
@@ -65,6 +143,9 @@ def test_names_are_those_of_class_file_and_registry(name: str) -> None:
         (SlidingWindow, "radius"),
         (Neighborhood, "stride"),
         (Neighborhood, "dilation"),
+        (DoubleWindow, "window"),
+        (LongDistance, "group"),
+        (LongDistance, "interval"),
     ],
 )
 def test_bad_numbers_are_refused_with_setting_and_value(cls: type[Method], setting: str, value: Any) -> None:
