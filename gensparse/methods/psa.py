@@ -50,6 +50,7 @@ class PSA(Method):
         "decides at run time."
     )
     timed: ClassVar[bool] = True
+    edits: ClassVar[bool] = True  # what a block needs is measured, whatever it holds: references are keys like others
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "wan2.1-t2v-14b": {
             "block": 128, "mode": "threshold", "ends": (0.4, 0.5, 0.6, 0.8), "order": "gilbert", "dense_steps": 15,
@@ -100,9 +101,6 @@ class PSA(Method):
         if at.step < first_steps(self.dense_steps, at):
             return Dense("psa: the first steps stay dense")
         return self._blocks()
-
-    def why_not(self, layout: Layout, role: str = "joint") -> str | None:
-        return None  # what a block needs is measured, whatever it holds: references are keys like others
 
     def _blocks(self) -> PyramidBlocks:
         return PyramidBlocks(
