@@ -12,6 +12,8 @@ from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import (
     AttnProcessor,
     IPAdapterAttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGCFGJointAttnProcessor2_0,
     SD3IPAdapterJointAttnProcessor2_0,
     XFormersAttnProcessor,
     XFormersJointAttnProcessor,
@@ -21,7 +23,7 @@ from families.family_checks import check_report, output, sites_of
 from torch import nn
 
 import gensparse
-from gensparse.errors import UnsupportedProcessorError
+from gensparse.errors import LayoutMismatchError, UnsupportedProcessorError
 from gensparse.methods import SlidingWindow
 from gensparse.testing.tiny import tiny_denoiser, tiny_inputs, tiny_pipeline, with_noise
 from gensparse.testing.tiny.parts import normal, seeded
@@ -326,3 +328,37 @@ def test_guiders_that_skip_layers_or_attention_scores_are_obeyed(name: str, what
     assert handle.report()["calls"] == {"sparse": calls, "dense": {}}
     handle.remove()
     assert torch.equal(output(model, inputs), dense)
+
+
+def three_parts(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first sample three times, as perturbed guidance batches it: unconditional, conditional, perturbed."""
+    return {
+        name: value[:1].repeat(3, *(1,) * (value.ndim - 1)) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def test_perturbed_guidance_of_unets_is_sparse_where_it_attends() -> None:
+    model, inputs = fresh("sd15"), three_parts(inputs_of("sd15"))
+    plain = output(model, inputs)
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(PAGCFGIdentitySelfAttnProcessor2_0())
+    dense = output(model, inputs)
+    assert (dense - plain)[2].abs().max() > 1e-3
+    for method, same in ((WHOLE, True), (SMALL, False)):
+        with gensparse.applied(model, method, strict=True) as handle:
+            sparse = output(model, inputs)
+            check_report(handle.report(), len(sites_of(model)))
+        assert bool((sparse - dense).abs().max() <= 1e-5) is same
+    assert torch.equal(output(model, inputs), dense)
+
+
+def test_perturbed_guidance_of_joint_blocks_runs_dense_with_the_reason() -> None:
+    # its perturbed part has a mask of all pairs of tokens
+    model, inputs = fresh("sd3"), three_parts(inputs_of("sd3"))
+    model.transformer_blocks[1].attn.set_processor(PAGCFGJointAttnProcessor2_0())
+    dense = output(model, inputs)
+    with gensparse.applied(model, WHOLE) as handle:
+        close(output(model, inputs), dense)
+        assert handle.report()["dense"] == {"the attention mask differs from query to query": 1}
+    with gensparse.applied(model, SMALL, strict=True), pytest.raises(LayoutMismatchError, match="mask differs"):
+        output(model, inputs)
