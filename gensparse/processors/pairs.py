@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gensparse.processors.masks import key_bias
@@ -48,7 +49,7 @@ def last_zero(tokens: Tensor) -> int:
 
     Waits for the device.
     """
-    if tokens.dim() != 2 or not (tokens.dtype.is_floating_point or tokens.dtype.itemsize == 1):
+    if tokens.dim() != 2 or not (tokens.is_floating_point() or tokens.dtype is torch.bool):
         return NO_MASK
     zero = tokens == 0
     if not bool((zero | (tokens == 1)).all()):
