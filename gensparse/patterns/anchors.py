@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gensparse.errors import ConfigError
-from gensparse.layout import Boxes, Coords, Ints, Layout, segment_coords
+from gensparse.layout import Boxes, Coords, Ints, Layout, Segment, segment_coords
 from gensparse.patterns.base import (
     FULL,
     NO_DATA,
@@ -19,11 +19,15 @@ from gensparse.patterns.base import (
     Pattern,
     Relation,
     Rule,
+    Source,
     Span,
     empty_span,
 )
 from gensparse.patterns.blockmask import BlockMaskRule
 from gensparse.patterns.checks import choice, per_axis, whole_number
+
+ANCHORS = "anchors"
+"""Name of the key source of anchors that are not in the layout."""
 
 _WORDS = ("text", "register")
 _LOW = 2  # rows and columns on each side of an anchor that it sees
@@ -36,6 +40,8 @@ class Anchors(Pattern):
     """Target tokens see a box around themselves, all text, and the anchors of their own low-resolution window.
 
     The layout holds text, the target and one reference: the anchors, a clean low-resolution version of the picture.
+    With `low` it holds no reference and the anchors are a key source: since they see themselves alone, their keys and
+    values can come from an earlier call, `sources={"anchors": (k, v)}`.
 
     Text sees text and the target, and the anchors if `text_sees_anchors`. Target tokens see text, |dy| <= rows / 2 and
     |dx| <= columns / 2 of the target (clipped at borders), and the anchors of the windows named by `neighbours`.
@@ -52,16 +58,18 @@ class Anchors(Pattern):
         closure: (query block, key block), 128 and 64 in the authors' kernel: the sequence is ordered window by window
             (anchors in windows of 4 x 4) and cut into such blocks, and a pair of blocks with any visible pair is
             visible wholly. None: the table exactly.
+        low: (H, W) of anchors that are a key source; None where they are the layout's reference.
 
     Raises:
-        ConfigError: values of the wrong type or range, or (when bound) a layout without exactly one reference, with
-            more than one frame, or with anchors on a larger grid than the target's.
+        ConfigError: values of the wrong type or range, or (when bound) a layout without exactly one reference (with
+            `low`: with any), with more than one frame, or with anchors on a larger grid than the target's.
     """
 
     window: int | tuple[int, int] = 16
     neighbours: str = "faithful"
     text_sees_anchors: bool = False
     closure: tuple[int, int] | None = None
+    low: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", _pair("Anchors window", self.window))
@@ -69,22 +77,33 @@ class Anchors(Pattern):
         choice("Anchors text_sees_anchors", self.text_sees_anchors, (False, True))
         if self.closure is not None:
             object.__setattr__(self, "closure", _blocks(self.closure))
+        if self.low is not None:
+            low = _pair("Anchors low", self.low)
+            object.__setattr__(self, "low", low if isinstance(low, tuple) else (low, low))
 
     def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
         references = [i for i, segment in enumerate(layout.segments) if segment.kind == "reference"]
-        if len(references) != 1:
-            raise ConfigError(
-                f"Anchors needs one reference segment, the low-resolution picture, but the layout has "
-                f"{len(references)}; add it with Layout.joint(..., references=[(1, rows, columns)])."
+        if len(references) != (self.low is None):
+            fix = (
+                "add it with Layout.joint(..., references=[(1, rows, columns)])"
+                if self.low is None
+                else "with low=, the low-resolution picture is a key source and the layout holds none"
             )
-        target, low = layout.grid, layout.segments[references[0]].shape
+            raise ConfigError(
+                f"Anchors needs {'one reference segment' if self.low is None else 'no reference segments'}, but the "
+                f"layout has {len(references)}; {fix}."
+            )
+        sources = () if self.low is None else (Source(_low_segment(self.low)),)
+        place = references[0] if references else len(layout.segments)
+        target, low = layout.grid, (sources[0].segment if sources else layout.segments[place]).shape
         if target[0] > 1 or low[0] > 1 or low[1] > target[1] or low[2] > target[2]:
             raise ConfigError(
                 f"Anchors got a target grid {target} and anchors {low}; pass pictures (one frame), the anchors no "
                 "larger than the target on any axis."
             )
         window = (self.window, self.window) if isinstance(self.window, int) else self.window
-        rule = _AnchorsRule(layout, references[0], window, self.neighbours == "faithful", self.text_sees_anchors)
+        faithful = self.neighbours == "faithful"
+        rule = _AnchorsRule(layout, sources, place, window, faithful, self.text_sees_anchors)
         return rule if self.closure is None else _closed(rule, window, self.closure)
 
 
@@ -92,18 +111,24 @@ class _AnchorsRule(Rule):
     """The table, by kind of segment: 0 nothing, 1 words, 2 the target, 3 the anchors."""
 
     def __init__(
-        self, layout: Layout, low: int, window: tuple[int, int], faithful: bool, text_sees_anchors: bool
+        self,
+        layout: Layout,
+        sources: tuple[Source, ...],
+        low: int,
+        window: tuple[int, int],
+        faithful: bool,
+        text_sees_anchors: bool,
     ) -> None:
-        super().__init__(layout)
+        super().__init__(layout, sources)
         self.low, self._faithful = low, faithful
-        kinds = {"target": 2, **dict.fromkeys(_WORDS, 1)}
-        self._kind = np.array([3 if i == low else kinds.get(s.kind, 0) for i, s in enumerate(layout.segments)])
-        self._shapes = np.array([segment.shape for segment in layout.segments], np.int64)
+        kinds, segments = {"target": 2, **dict.fromkeys(_WORDS, 1)}, self.key_segments
+        self._kind = np.array([3 if i == low else kinds.get(s.kind, 0) for i, s in enumerate(segments)])
+        self._shapes = np.array([segment.shape for segment in segments], np.int64)
         self._open = np.zeros((4, 4), np.bool_)
         self._open[1, 1:3] = self._open[2, 1] = True
         self._open[1, 3] = text_sees_anchors
         self._reach = np.array([0, window[0] // 2, window[1] // 2])
-        own, small = layout.grid[1:], layout.segments[low].shape[1:]
+        own, small = layout.grid[1:], segments[low].shape[1:]
         self._scale = np.array([n // m for n, m in zip(own, small, strict=True)])  # at least 1
         self._size = np.maximum(np.array(window) // self._scale, 1)
         self._last = (np.array(small) - 1) // self._size
@@ -226,17 +251,17 @@ def _boxes_meet(q: Boxes, k: Boxes, reach: Ints) -> tuple[Bools, Bools]:
 
 
 def _closed(rule: _AnchorsRule, window: tuple[int, int], blocks: tuple[int, int]) -> Rule:
-    """The rule on whole blocks of the sequence ordered window by window."""
-    layout = rule.layout
-    segments = layout.segments
+    """The rule on whole blocks of the sequence ordered window by window, of which a source is the end."""
+    layout, segments = rule.layout, rule.key_segments
     sides = {layout.target: window, rule.low: (_ANCHOR_WINDOW, _ANCHOR_WINDOW)}
-    rank, total = np.full(sum(segment.length for segment in segments), -1), 0
-    for number, (start, segment) in enumerate(zip(layout.starts, segments, strict=True)):
+    starts = np.cumsum([0, *(segment.length for segment in segments)])
+    rank, total = np.full(starts[-1], -1), 0
+    for number, (start, segment) in enumerate(zip(starts[:-1], segments, strict=True)):
         if rule._kind[number]:
             place = window_places(segment.shape[1:], sides[number]) if number in sides else np.arange(segment.length)
             rank[start : start + segment.length] = total + place
             total += segment.length
-    q, k = (_covers(rule, rank, total, size, sides) for size in blocks)
+    q, k = (_covers(rule, rank, total, size) for size in blocks)
     mask = np.zeros((-(-total // blocks[0]), -(-total // blocks[1])), np.bool_)
     step = max(1, _PAIRS // len(k[0]))
     for first in range(0, len(q[0]), step):
@@ -245,17 +270,15 @@ def _closed(rule: _AnchorsRule, window: tuple[int, int], blocks: tuple[int, int]
         seen = rule.tile_relation(boxes, k[1]) != NONE
         i, j = np.nonzero(seen)
         mask[q[0][part][i], k[0][j]] = True
-    return BlockMaskRule(layout, rank, blocks, mask, window)
+    return BlockMaskRule(layout, rank, blocks, mask, window, rule.sources)
 
 
-def _covers(
-    rule: _AnchorsRule, rank: Ints, total: int, size: int, sides: dict[int, tuple[int, int]]
-) -> tuple[Ints, Boxes]:
+def _covers(rule: _AnchorsRule, rank: Ints, total: int, size: int) -> tuple[Ints, Boxes]:
     """Boxes that together hold exactly the tokens of all blocks, and the block of every box.
 
     A block is a run of the order, so inside a window it is a part of a row, whole rows, and a part of a row.
     """
-    coords = segment_coords(rule.layout.segments)
+    coords = segment_coords(rule.key_segments)
     order = np.argsort(rank, kind="stable")[len(rank) - total :]
     segment, position = coords.segment[order], coords.position[order]
     block = np.arange(total) // size
@@ -278,6 +301,10 @@ def window_places(shape: tuple[int, int], window: tuple[int, int]) -> Ints:
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     return places
+
+
+def _low_segment(grid: tuple[int, int]) -> Segment:
+    return Segment("reference", grid[0] * grid[1], (1, *grid), ANCHORS)
 
 
 def _pair(what: str, value: Any) -> int | tuple[int, int]:

@@ -4,6 +4,7 @@ The mask has one entry per pair of blocks, so it is small where a mask of tokens
 591 x 591). Relations of boxes are exact: a prefix sum counts the visible pairs of any two runs of blocks.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 
@@ -20,6 +21,7 @@ from gensparse.patterns.base import (
     Columns,
     Relation,
     Rule,
+    Source,
     Span,
     empty_span,
 )
@@ -31,14 +33,16 @@ _FEW = 3  # blocks per side whose mask bits fit a signature
 
 
 class BlockMaskRule(Rule):
-    """A mask of blocks on the own tokens of a layout.
+    """A mask of blocks on the own tokens of a layout, and on keys of sources.
 
     Args:
-        rank: [N] place of every token in the order that is cut into blocks; -1: it neither sees nor is seen.
+        rank: [N, then the keys of the sources] place of every token in the order that is cut into blocks; -1: it
+            neither sees nor is seen.
         blocks: tokens of a query block and of a key block.
         mask: bool [query blocks, key blocks].
         natural: RUNS when good tiles are runs of raster tokens, or the window (H, W) that the order walks through row
             by row, whose rows then make the tiles; None lets the plan search.
+        sources: whose keys have a rank.
     """
 
     def __init__(
@@ -48,12 +52,14 @@ class BlockMaskRule(Rule):
         blocks: tuple[int, int],
         mask: Bools,
         natural: str | tuple[int, int] | None = None,
+        sources: Sequence[Source] = (),
     ) -> None:
-        super().__init__(layout)
+        super().__init__(layout, sources)
         self.rank, self.blocks, self.mask, self.natural = rank, blocks, mask, natural
-        self._shapes = np.array([segment.shape for segment in layout.segments], np.int64)
-        self._starts = np.array(layout.starts, np.int64)
-        own = np.split(rank, layout.starts[1:])
+        segments = self.key_segments
+        self._shapes = np.array([segment.shape for segment in segments], np.int64)
+        self._starts = np.cumsum([0, *(segment.length for segment in segments[:-1])])
+        own = np.split(rank, self._starts[1:])
         self._alive = np.array([int(np.count_nonzero(ranks >= 0)) for ranks in own])
         self._first = np.array([int(ranks[0]) for ranks in own])
         in_order = all(
@@ -126,7 +132,7 @@ class BlockMaskRule(Rule):
         return (1, rows, width) if rows and rows * width == size and height % rows == 0 else None
 
     def linear(self) -> Rule:
-        return BlockMaskRule(flat(self.layout), self.rank, self.blocks, self.mask, RUNS)
+        return BlockMaskRule(flat(self.layout), self.rank, self.blocks, self.mask, RUNS, self.sources)
 
     def partition(self, segment: int, group: int = 0) -> Ints | None:
         ranks = self.rank[self._starts[segment] : self._starts[segment] + self.layout.segments[segment].length]

@@ -1,5 +1,6 @@
 """Geometric patterns against their definitions written out token by token, and what is true of them at any size."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -511,9 +512,31 @@ def test_anchors_do_not_depend_on_the_rest():
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("closure", [None, (7, 11), (128, 64)])
+@pytest.mark.parametrize(("pattern", "grid", "low", "text"), ANCHORS, ids=repr)
+def test_anchors_as_a_source_are_the_rows_of_text_and_target(pattern, grid, low, text, closure):
+    """Also where a block holds the last tokens of the target and the first anchors."""
+    pattern, whole = replace(pattern, closure=closure), anchors_layout(grid, low, text)
+    own = Layout.joint(grid, text=text)
+    equal(mask(replace(pattern, low=low), own), mask(pattern, whole)[: own.tokens])
+
+
+@pytest.mark.parametrize("closure", [None, (7, 11)])
+def test_anchors_as_a_source_run_on_every_backend(closure):
+    layouts = [
+        Layout.joint((1, 13, 11), text=text, text_first=first) for text, first in ((4, True), (0, True), (3, False))
+    ]
+    check_pattern(Anchors((4, 6), closure=closure, low=(3, 4)), layouts)
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: Anchors(8, low=(4, 0)),
+        lambda: Anchors(8, low=(4, 4, 4)),
+        lambda: Anchors(8, low=(4, 4)).bind(Layout.joint((1, 16, 16), references=[(1, 4, 4)])),
+        lambda: Anchors(8, low=(4, 17)).bind(Layout.image(16, 16)),
+        lambda: Anchors(8, low=(4, 4)).bind(Layout.video(2, 16, 16)),
         lambda: Anchors(0),
         lambda: Anchors((4, 4, 4)),
         lambda: Anchors(True),
