@@ -2,6 +2,7 @@
 
 import pytest
 
+from gensparse.engine.resolve import attention_density
 from gensparse.estimate import (
     GIB,
     Rates,
@@ -14,6 +15,7 @@ from gensparse.estimate import (
     format_seconds,
     time_class,
 )
+from gensparse.methods import METHODS
 from gensparse.models import REGISTRY, Architecture
 
 FLUX = Architecture()
@@ -138,3 +140,15 @@ def test_embedded_model_fits_a_laptop_at_4096() -> None:
     stages = [StageShape(4096, 4096, 7, "neighborhood", 0.005)]
     got = estimate(REGISTRY["embedded"].architecture, stages, n_text=32, dtype="fp32")
     assert got.peak_bytes < 6 * GIB
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_density_to_estimate_with(name: str) -> None:
+    """Also those that choose at run time, compute in their own way, or stay dense in early steps or on pictures."""
+    info = REGISTRY["flux.1-schnell"]
+    density = attention_density(name, 256, 192, info)
+    assert 0 < density <= 1
+    if name in ("radial", "msw_msa"):
+        assert density == 1.0
+    if name in ("proxy", "agentsd", "biformer"):
+        assert density < 1

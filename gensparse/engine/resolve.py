@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gensparse.highres.stages import Stage
 
 OFFLOAD_LADDER = ("none", "model", "group", "sequential")
+_RUN = 50  # steps of the run whose middle stands for all of it where methods differ by step
 
 
 def plan(
@@ -208,7 +209,8 @@ def attention_at(resolved: Resolved, height: int, width: int) -> str:
 @lru_cache(maxsize=64)
 def _density(attention: str, height: int, width: int, info: "ModelInfo") -> float:
     from gensparse.families.flux import layout_for
-    from gensparse.methods import Auto, parse_method
+    from gensparse.methods import START, Auto, Dense, parse_method
+    from gensparse.patterns import Pattern, RoutedPattern
     from gensparse.plan import build_plan
 
     multiple = info.architecture.multiple
@@ -216,7 +218,13 @@ def _density(attention: str, height: int, width: int, info: "ModelInfo") -> floa
     method = parse_method(attention)
     if isinstance(method, Auto):
         return method.planned(info.profile, (info.native_size // multiple) ** 2).share(layout)
-    return float(build_plan(method.pattern(layout), layout).stats()["density"])
+    if method.why_not(layout) is not None:
+        return 1.0
+    what = method.pattern(layout, START._replace(step=_RUN // 2, steps=_RUN))
+    if isinstance(what, Pattern | RoutedPattern):
+        return build_plan(what, layout).density
+    known = None if isinstance(what, Dense) else getattr(what, "density", None)
+    return 1.0 if known is None else known(layout) or 1.0
 
 
 def attention_density(attention: str, height: int, width: int, info: ModelInfo) -> float:
