@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from gensparse.errors import ConfigError, unknown_name
-from gensparse.layout import Layout
+from gensparse.layout import Layout, Segment
 from gensparse.patterns import Pattern, RoutedPattern
 
 if TYPE_CHECKING:  # methods are listed and described without torch
@@ -31,7 +32,8 @@ class At(NamedTuple):
 
     `steps` is None where nobody knows how many there will be (a bare model without its pipeline); `layout` is that of
     the call where `Method.heads` is asked; `coarseness` is how many times fewer tokens per axis the sites have than the
-    first level of a model of several resolutions.
+    first level of a model of several resolutions; `recorded` are the key sources that the sites have kept, see
+    `Method.recording`.
     """
 
     kind: Hashable = None
@@ -40,6 +42,7 @@ class At(NamedTuple):
     steps: int | None = None
     layout: Layout | None = None
     coarseness: int = 1
+    recorded: tuple[Segment, ...] = ()
 
 
 START = At()
@@ -56,6 +59,13 @@ class Subject(NamedTuple):
     model: "nn.Module"
     native_tokens: int | None = None
     denoisers: int = 1
+
+
+class Recording(NamedTuple):
+    """What sites compute in a call that is recorded, and the name of the key source its target becomes."""
+
+    pattern: Pattern
+    name: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,10 @@ class Loaded(ABC):
         """What the operators of one site read as `OperatorCall.notes`."""
         return None
 
+    def recording(self) -> "AbstractContextManager[None]":
+        """Around a call that is recorded; adapters that serve it alone are active inside."""
+        return nullcontext()
+
     @abstractmethod
     def undo(self) -> None:
         """Take everything off again, bit for bit."""
@@ -93,6 +107,8 @@ class Method(ABC):
     """Whether `pattern` looks at the step; reading it waits for the device once per step."""
     edits: ClassVar[bool] = False
     """Whether `pattern` has a rule for reference pictures in the sequence (see `methods.pictures`)."""
+    records: ClassVar[bool] = False
+    """Whether it needs a call that is recorded, see `Handle.record` and `recording`."""
     audit: ClassVar[int] = 0
     """Picture tokens per call that are compared with dense attention unless the user says otherwise."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -151,6 +167,18 @@ class Method(ABC):
             ConfigError: the method does not fit the model; says which do.
         """
         return self
+
+    def recorded(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The denoiser call that is recorded, from the one that `Handle.record` was given.
+
+        Raises:
+            ConfigError: an argument is missing.
+        """
+        return call
+
+    def recording(self, layout: Layout, at: At = START) -> Recording | None:
+        """What sites compute and keep in a call that is recorded; their patterns then find it in `At.recorded`."""
+        return None
 
     def load(self, subject: Subject, places: Mapping[str, Place]) -> Loaded | None:
         """Put weights or adapters on the model, where the method has any; called when it is applied.
