@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gensparse.errors import ConfigError, LayoutMismatchError
+from gensparse.errors import ConfigError, LayoutMismatchError, UnsupportedProcessorError
 from gensparse.families import Family, Layouts, TensorMemo, WithKeys, family_of
 from gensparse.layout import KINDS, Layout
 from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
@@ -315,9 +315,18 @@ class Attachment:
         return [value for value in found if value is not None]
 
     def check(self) -> None:
-        """UnsupportedProcessorError when a processor cannot be made sparse."""
+        """UnsupportedProcessorError, with the name of the module, when a processor cannot be made sparse."""
         for name in self.places:
-            sparse_variant(type(self.modules[name].processor))
+            self._checked(name)
+
+    def _checked(self, name: str) -> Any:
+        """The processor of a site, if it can be made sparse."""
+        processor = self.modules[name].processor
+        try:
+            sparse_variant(type(processor))
+        except UnsupportedProcessorError as error:
+            raise UnsupportedProcessorError(f"{type(self.model).__name__} {name}: {error}") from None
+        return processor
 
     def install(self, *, swap: bool = True) -> None:
         """Put everything in place instead of what was there; with `swap` the processors become sparse at once."""
@@ -404,7 +413,7 @@ class Attachment:
             if is_sparse(module.processor):
                 site.held = True
             elif site.held:
-                make_sparse(module.processor)
+                make_sparse(self._checked(name))
                 self._warn_once(site.name)
             else:
                 site.outcome = NOT_SET
@@ -483,7 +492,10 @@ class Attachment:
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:
-            raise LayoutMismatchError(f"{type(self.model).__name__} cannot run sparse: {reason}")
+            raise LayoutMismatchError(
+                f"{type(self.model).__name__} cannot run sparse: {reason.rstrip('.')}; pass strict=False to run such "
+                "calls dense."
+            )
         return Action(reason=reason)
 
     def _work(

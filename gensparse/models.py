@@ -182,7 +182,7 @@ def resolve(
         return _check_local(Path(spec).expanduser(), variant, trust_remote_code, weights)
     info = REGISTRY.get(spec.lower())
     if info is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        raise ModelError(unknown_name("model", spec, list(REGISTRY)) + "; a hub id (owner/name) or a folder work too")
+        raise ModelError(_unknown(spec))
     if info is not None and info.hub_id is None:
         folder = (shipped or {})[info.alias]()
         return _check_folder(folder, info.alias, info, None, None, False, weights)
@@ -192,6 +192,34 @@ def resolve(
     hub_id = info.hub_id if info and info.hub_id else spec
     folder = _download(hub_id, revision, variant, local_files_only, trust_remote_code, token, weights)
     return _check_folder(folder, info.alias if info else spec, info, revision, variant, trust_remote_code, weights)
+
+
+def find_configs(
+    spec: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    shipped: Mapping[str, Callable[[], Path]] | None = None,
+) -> tuple[str, ModelInfo | None, Path | None]:
+    """(name, what is known about it, folder with its JSON files) of any diffusers model, of whatever family.
+
+    Unlike `resolve` it judges no weights and no family, since nothing but JSON is read. A registered model of the hub
+    has no folder: what is known about it is enough. Raises ModelError when the model is missing, gated or offline.
+    """
+    if looks_like_path(spec):
+        folder = _local_folder(Path(spec).expanduser())
+        return folder.resolve().name, None, folder
+    info = REGISTRY.get(spec.lower())
+    if info is not None and info.hub_id is None:
+        return info.alias, info, (shipped or {})[info.alias]()
+    info = info or _by_hub_id(spec)
+    if info is not None and revision is None:
+        return info.alias, info, None
+    hub_id = info.hub_id if info and info.hub_id else spec
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise ModelError(_unknown(spec))
+    return hub_id, info, _download(hub_id, revision, None, local_files_only, False, token, weights=False)
 
 
 def looks_like_path(spec: str) -> bool:
@@ -204,7 +232,15 @@ def _by_hub_id(hub_id: str) -> ModelInfo | None:
     return next((info for info in REGISTRY.values() if (info.hub_id or "").lower() == hub_id.lower()), None)
 
 
+def _unknown(spec: str) -> str:
+    return unknown_name("model", spec, list(REGISTRY)) + "; a hub id (owner/name) or a folder work too"
+
+
 def _check_local(path: Path, variant: str | None, trust_remote_code: bool, weights: bool) -> ModelRef:
+    return _check_folder(_local_folder(path), path.name, None, None, variant, trust_remote_code, weights)
+
+
+def _local_folder(path: Path) -> Path:
     if path.suffix.lower() in PICKLES:
         raise ModelError(
             f"model file {path.name!r} is a pickle, which can run code when opened, and is refused; "
@@ -214,7 +250,7 @@ def _check_local(path: Path, variant: str | None, trust_remote_code: bool, weigh
         raise ModelError(f"model folder {path.name!r} does not exist; give an existing folder, a hub id or an alias")
     if path.is_file():
         raise ModelError(f"{path.name!r} is a single file; give the diffusers folder that contains model_index.json")
-    return _check_folder(path, path.name, None, None, variant, trust_remote_code, weights)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------ folder checks
@@ -273,7 +309,7 @@ def _families() -> str:
     return f"{', '.join(sorted(set(FAMILIES.values())))} (pipeline classes {pipelines}; see `gensparse models list`)"
 
 
-def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """name -> (library, class) of the components that are present."""
     pairs = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
     return {k: (str(v[0]), str(v[1])) for k, v in pairs.items() if v[0] is not None}
@@ -285,7 +321,7 @@ def custom_code(index: Mapping[str, Any], files: Iterable[str], config: Any) -> 
     found: list[str] = []
     if isinstance(index.get("_class_name"), list):
         found.append(f"{index['_class_name'][0]}.py")
-    for part, (library, _) in _components(index).items():
+    for part, (library, _) in components(index).items():
         if library not in TRUSTED_LIBRARIES:
             found.append(f"{part}/{library}.py" if f"{part}/{library}.py" in listed else library)
         elif f"{part}/config.json" in listed and "auto_map" in (config(part) or {}):
@@ -303,7 +339,7 @@ def _refuse_code(code: list[str], name: str, trusted: bool) -> None:
 def check_weights(index: Mapping[str, Any], files: Iterable[str], name: str) -> None:
     """Every model component needs safetensors weights. ModelError names the pickles or the missing component."""
     listed = list(files)
-    for part, (_, cls) in _components(index).items():
+    for part, (_, cls) in components(index).items():
         if re.search(r"Tokenizer|Scheduler|Processor|FeatureExtractor", cls):
             continue
         inside = [f for f in listed if PurePosixPath(f).parent.as_posix() == part]
@@ -327,7 +363,7 @@ def _facts(folder: Path, name: str, index: Mapping[str, Any], family: str, info:
         base = replace(base, steps=4, guidance=0.0, max_sequence_length=256)
     own = read_json(folder / "gensparse.json", name) if (folder / "gensparse.json").is_file() else {}
     profile = folder / OWN_FILES[1]
-    return replace(base, architecture=arch, profile=str(profile) if profile.is_file() else None, **_own_facts(own))
+    return replace(base, architecture=arch, profile=str(profile) if profile.is_file() else None, **own_facts(own))
 
 
 # key of gensparse.json -> (field, type, lowest value)
@@ -340,7 +376,7 @@ _OWN_NUMBERS = {
 }
 
 
-def _own_facts(own: Mapping[str, Any]) -> dict[str, Any]:
+def own_facts(own: Mapping[str, Any]) -> dict[str, Any]:
     """What a model says about itself in gensparse.json; values of another type are left aside."""
     out: dict[str, Any] = {}
     for key, (name, kind, low) in _OWN_NUMBERS.items():
@@ -446,7 +482,7 @@ def _remote_index(hub_id: str, files: list[str], options: dict[str, Any]) -> dic
 
 def _wanted_files(index: Mapping[str, Any], files: list[str], variant: str | None, code: bool) -> list[str]:
     """The component files to fetch: configs, tokenizers, and one set of safetensors (the variant's when named)."""
-    parts = set(_components(index))
+    parts = set(components(index))
     wanted = ["model_index.json", *OWN_FILES, *(["*.py"] if code else [])]
     for file in files:
         path = PurePosixPath(file)

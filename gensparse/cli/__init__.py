@@ -13,6 +13,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     errors.WontFitError: 3,
     errors.PlanTooLargeError: 3,
     errors.ModelError: 4,
+    errors.UnsupportedProcessorError: 4,
     errors.OutputError: 6,
     errors.NumericsError: 7,
     errors.Cancelled: 130,

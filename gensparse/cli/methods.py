@@ -1,8 +1,7 @@
 """`gensparse methods`: which sparse attention there is."""
 
-import inspect
-from dataclasses import MISSING, fields
-from typing import Annotated, Any
+import textwrap
+from typing import Annotated
 
 import typer
 
@@ -24,18 +23,20 @@ def list_methods() -> None:
     from gensparse.cli import output
     from gensparse.cli.state import STATE
     from gensparse.methods import METHODS
+    from gensparse.methods.describe import describe
 
+    facts = [describe(cls) for cls in METHODS.values()]
     if STATE.output == "json":
-        output.print_json({"methods": [describe(name, cls) for name, cls in METHODS.items()]})
+        output.print_json({"methods": facts})
         return
-    rows = [("dense", "", "no sparsity")]
-    rows += [(name, _defaults(cls), _summary(cls)) for name, cls in METHODS.items()]
-    output.table("Methods", ("name", "defaults", "what it does"), rows)
+    rows = [("dense", "no sparsity", "small pictures; the model as it is")]
+    rows += [(item["name"], item["summary"], item["use"]) for item in facts]
+    output.table("Methods", ("name", "what it does", "when to take it"), rows)
 
 
 @app.command("show")
 def show_method(name: Annotated[str, typer.Argument(help="A name from `gensparse methods list`.")]) -> None:
-    """Show one method: settings, defaults and source.
+    """Show one method: what it does, paper, licence, when to take it, settings, defaults and published settings.
 
     Examples:
 
@@ -47,43 +48,23 @@ def show_method(name: Annotated[str, typer.Argument(help="A name from `gensparse
     """
     from gensparse.cli import output
     from gensparse.cli.state import STATE
-    from gensparse.errors import ConfigError, unknown_name
-    from gensparse.methods import METHODS
+    from gensparse.methods import method_class
+    from gensparse.methods.describe import describe
 
-    if name not in METHODS:
-        raise ConfigError(unknown_name("method", name, METHODS))
-    cls = METHODS[name]
+    facts = describe(method_class(name))
     if STATE.output == "json":
-        output.print_json(describe(name, cls))
+        output.print_json(facts)
         return
-    output.print_out(f"{name}: {_source(cls)}\n")
-    output.print_out(inspect.getdoc(cls) or "")
-    output.print_out(f"\n--attention {name}:{_defaults(cls)}")
+    output.print_out(f"{facts['about']}\n")
+    output.facts({"paper": facts["paper"], "licence": facts["licence"], "when": facts["use"]})
+    if facts["settings"]:
+        output.print_out("\nsettings")
+        for key, text in facts["settings"].items():
+            output.print_out(_indented(f"{key}: {text}"))
+    output.print_out(f"\n--attention {facts['text']}")
+    for model, text in facts["presets"].items():
+        output.print_out(f"--attention {name}:preset={model:<24} = {text}")
 
 
-def describe(name: str, cls: type) -> dict[str, Any]:
-    """A method as data."""
-    settings = {item.name: _default(item) for item in fields(cls)}
-    return {"name": name, "summary": _summary(cls), "source": _source(cls), "defaults": settings}
-
-
-def _default(item: Any) -> Any:
-    value = item.default if item.default is not MISSING else item.default_factory()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _defaults(cls: type) -> str:
-    from gensparse.cli.requests import method_text
-
-    text = method_text({"method": "x"} | {item.name: _default(item) for item in fields(cls)})
-    return text.removeprefix("x").removeprefix(":")
-
-
-def _summary(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").split("\n\n", 1)[0].replace("\n", " ")
-
-
-def _source(cls: type) -> str:
-    """First line of the method's module: what it is and where it was published."""
-    module = inspect.getmodule(cls)
-    return (inspect.getdoc(module) or "").split("\n", 1)[0] if module else ""
+def _indented(text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      ")

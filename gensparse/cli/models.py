@@ -1,15 +1,19 @@
-"""`gensparse models`: which models there are."""
+"""`gensparse models`: which models there are, what `generate` can run, and what methods can make sparse."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Supported models: list, show.")
+if TYPE_CHECKING:
+    from gensparse.engine.support import Part, Support
+
+app = typer.Typer(no_args_is_help=True, help="Supported models: list, show, check.")
 
 
 @app.command("list")
 def list_models() -> None:
-    """List the models known by name.
+    """List the models that `generate` knows by name, and the classes whose attention `apply` can make sparse.
 
     Examples:
 
@@ -25,35 +29,44 @@ def list_models() -> None:
     from gensparse.cli.state import STATE
     from gensparse.models import FAMILIES, REGISTRY
 
+    classes = _model_classes()
     if STATE.output == "json":
-        output.print_json({"models": [asdict(info) for info in REGISTRY.values()], "pipelines": FAMILIES})
+        models = [asdict(info) for info in REGISTRY.values()]
+        output.print_json({"models": models, "pipelines": FAMILIES, "families": classes})
         return
     rows = [
         (m.alias, m.family, f"{m.native_size} px", m.licence, m.hub_id or "shipped", m.summary)
         for m in REGISTRY.values()
     ]
-    output.table("Models", ("name", "family", "native", "licence", "source", "what it is"), rows)
+    output.table("Models of generate", ("name", "family", "native", "licence", "source", "what it is"), rows)
     if STATE.output == "human":
-        output.print_err(f"-m also takes any diffusers folder or hub id of: {', '.join(sorted(FAMILIES))}")
+        output.print_out(f"-m also takes any diffusers folder or hub id of: {', '.join(sorted(FAMILIES))}\n")
+    lines = [(family, ", ".join(names)) for family, names in classes.items()]
+    output.table("Families of gensparse.apply() in Python", ("family", "classes of diffusers"), lines)
 
 
 @app.command("show")
 def show_model(
-    model: Annotated[str, typer.Argument(help="Alias, hub id or folder.")],
+    model: Annotated[str, typer.Argument(help="Alias, hub id or folder; or a model class of diffusers.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
-    """Show one model; for `embedded` also the words it knows.
+    """Show one model; for `embedded` also the words it knows, for a model class what its family is like.
 
     Examples:
 
       gensparse models show embedded
 
-      gensparse models show flux.1-dev
-
       gensparse models show ./my-flux-folder --json
+
+      gensparse models show WanTransformer3DModel
     """
     from gensparse.cli import output
     from gensparse.cli.state import STATE
+    from gensparse.families import FAMILIES
+
+    if model in FAMILIES:
+        _show_family(model)
+        return
     from gensparse.engine import open_model
     from gensparse.request import GenerateRequest
 
@@ -82,6 +95,133 @@ def show_model(
     if words:
         output.print_out(f"vocabulary ({len(words)} words)")
         output.print_out(_wrapped(words))
+
+
+@app.command("check")
+def check_model(
+    model: Annotated[str, typer.Argument(help="Diffusers folder (of a pipeline or a denoiser), hub id or alias.")],
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="NAME[:key=value,...], as in `gensparse methods list`.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Pixels, as in generate (1024x1024; clips 832x480).")
+    ] = None,
+    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a clip (81).")] = None,
+    text: Annotated[int | None, typer.Option("--text", min=0, help="Text tokens (the model's, else 512).")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Say whether a method works on a checkpoint, from its configs alone: no weights, no GPU, nothing is run.
+
+    It covers every family whose attention `gensparse.apply()` can make sparse; `generate` runs fewer of them. Exit code
+    2: a bad method, or one that does not fit this model; 4: no such model, or one that cannot be made sparse.
+
+    Examples:
+
+      gensparse models check ./wan2.1 --attention radial --size 1280x720 --frames 81
+
+      gensparse models check stabilityai/stable-diffusion-3.5-medium --attention clear:radius=8 --size 2048
+
+      gensparse models check ./my-unet --json
+    """
+    import os
+
+    from gensparse.cli import output
+    from gensparse.cli.state import STATE
+    from gensparse.engine.support import check_support
+    from gensparse.request import parse_size
+
+    pixels: tuple[int | None, int | None] = (None, None)
+    if size is not None:
+        pixels = parse_size(size).resolve(base=(1024, 1024), multiple=1)[0]
+    answer = check_support(
+        model,
+        attention,
+        height=pixels[0],
+        width=pixels[1],
+        frames=frames,
+        text=text,
+        revision=revision,
+        local_files_only=STATE.offline,
+        token=os.environ.get("HF_TOKEN") or None,
+    )
+    if STATE.output == "json":
+        output.print_json({"status": "ok", **answer.to_dict()})
+        return
+    _print_answer(answer, attention)
+
+
+def _print_answer(answer: "Support", attention: str | None) -> None:
+    from gensparse.cli import output
+
+    frames = f", {answer.frames} frames" if answer.frames else ""
+    text = f", {answer.text} text tokens" if answer.text else ""
+    runs = "yes" if answer.generates else "no; use it in Python with gensparse.apply(pipe, method)"
+    output.facts(
+        {
+            "model": answer.name,
+            "pipeline": answer.pipeline or "a denoiser on its own",
+            "generate": runs,
+            "size": f"{answer.width}x{answer.height}{frames}{text}",
+        }
+    )
+    for part in answer.parts:
+        output.print_out("")
+        output.facts(_part_facts(part))
+    if attention is not None:
+        verdict = "works" if answer.works else "changes nothing here: every site would run dense"
+        output.print_out(f"\n{attention}: {verdict}")
+
+
+def _part_facts(part: "Part") -> dict[str, object]:
+    native = "not known" if part.native_tokens is None else part.native_tokens
+    facts: dict[str, object] = {
+        "part": "the denoiser" if part.part == "." else part.part,
+        "class": f"{part.model} ({part.family})",
+        "sites": f"{sum(part.sites.values())} of {part.attention} attention modules",
+        "native tokens": native,
+    }
+    for role, count in part.sites.items():
+        grid = "x".join(map(str, part.grids[role][0 if part.grids[role][0] > 1 else 1 :]))
+        facts[f"  {role}"] = f"{count} sites, {part.tokens[role]} tokens, grid {grid}"
+    if part.sparse is not None:
+        share = "" if part.density is None else f", {part.density:.1%} of the query-key pairs"
+        facts["sparse"] = f"{part.sparse} sites{share if part.sparse else ''}"
+        facts["dense"] = _reasons(part.dense)
+        if part.first_step:
+            facts["first step"] = _reasons(part.first_step)
+    return facts
+
+
+def _reasons(dense: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} sites: {reason}" for reason, count in dense.items()) or "none"
+
+
+def _model_classes() -> dict[str, list[str]]:
+    """Family -> its model classes."""
+    from gensparse.families import FAMILIES, family_named
+
+    found: dict[str, list[str]] = {}
+    for name in FAMILIES:
+        found.setdefault(family_named(name).name, []).append(name)
+    return found
+
+
+def _show_family(model_class: str) -> None:
+    from gensparse.cli import output
+    from gensparse.cli.state import STATE
+    from gensparse.families import family_named, notes_of
+
+    family = family_named(model_class)
+    facts: dict[str, Any] = {
+        "class": model_class,
+        "family": family.name,
+        "classes": _model_classes()[family.name],
+        "notes": notes_of(model_class),
+    }
+    if STATE.output == "json":
+        output.print_json(facts)
+        return
+    output.facts(facts | {"classes": ", ".join(facts["classes"])})
 
 
 def _vocabulary() -> list[str]:

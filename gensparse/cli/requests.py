@@ -40,6 +40,8 @@ def _build(cls: type[Request], flags: Mapping[str, Any], prompt: str | None, own
     if "width" in flags or "height" in flags:
         values["size"] = _sides(flags)
     if "config" in flags:
+        from gensparse.methods.describe import method_text
+
         values["attention"] = method_text(read_json(flags["config"]))
     if isinstance(values.get("dense_layers"), str):
         values["dense_layers"] = _layers(values["dense_layers"])
@@ -160,17 +162,3 @@ def _layers(text: str) -> list[int]:
         return [int(item) for item in text.split(",") if item.strip()]
     except ValueError as error:
         raise ConfigError(f"--dense-layers is {text[:60]!r}; give numbers such as 0,1,-1") from error
-
-
-def method_text(data: Mapping[str, Any]) -> str:
-    """The dictionary of a method as the text of `--attention`: {"method": "clear", "radius": 8} -> clear:radius=8."""
-    settings = {k: v for k, v in data.items() if k not in ("method", "version")}
-    items = ",".join(f"{name}={_setting(value)}" for name, value in settings.items())
-    name = str(data.get("method", ""))
-    return f"{name}:{items}" if items else name
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "x".join(map(_setting, value)) if isinstance(value, list) else "none" if value is None else str(value)

@@ -51,7 +51,7 @@ FAMILIES = {
 }
 """Model class name -> module of its family; subclasses of a listed class belong to the same family."""
 
-__all__ = ["FAMILIES", "Family", "Layouts", "TensorMemo", "WithKeys", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layouts", "TensorMemo", "WithKeys", "family_named", "family_of", "notes_of"]
 
 
 def family_of(model: Any) -> Family:
@@ -62,6 +62,16 @@ def family_of(model: Any) -> Family:
     """
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
-            return import_module(FAMILIES[cls.__name__]).FAMILY
+            return family_named(cls.__name__)
     known = ", ".join(sorted(FAMILIES))
     raise ConfigError(f"{type(model).__name__} belongs to no supported family; supported model classes are {known}.")
+
+
+def family_named(model_class: str) -> Family:
+    """The family of a class of `FAMILIES`."""
+    return import_module(FAMILIES[model_class]).FAMILY
+
+
+def notes_of(model_class: str) -> str:
+    """What to know of the family of a class of `FAMILIES`: what its tokens are, and what is special."""
+    return " ".join((import_module(FAMILIES[model_class]).__doc__ or "").split())

@@ -21,6 +21,7 @@ VERBS = (
     "env",
     "models list",
     "models show",
+    "models check",
     "methods list",
     "methods show",
     "bench list",
@@ -28,6 +29,7 @@ VERBS = (
     "bench cpu",
     "bench kernels",
     "tune",
+    "calibrate",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 
