@@ -54,10 +54,13 @@ def _run_compiled(call: Call) -> Result:
     return _run_op(call, "auto")
 
 
-@torch.compiler.assume_constant_result
 def compiled_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Name of the backend that compiled calls run on."""
     return ops.automatic_engine(device, dtype, head_dim)
+
+
+# all that torch.compiler.assume_constant_result does, which would import torch's compiler and triton here
+compiled_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(plan: Plan, need: Need, failed: Mapping[str, str] = MappingProxyType({})) -> str:
