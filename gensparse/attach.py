@@ -440,7 +440,8 @@ class Attachment:
     def _product_mask(self, bound: Mapping[str, Any], layouts: Layouts | str) -> ProductMask | None:
         """The product mask of a call, where sites can take it over: its zeros are bools, or numbers of text tokens."""
         given = bound.get(self.family.product_mask)
-        if given is None or isinstance(layouts, str):
+        whole = all(is_sparse(self.modules[name].processor) for name in self.places)
+        if given is None or isinstance(layouts, str) or not whole:  # a processor that was not set needs the mask
             return None
         zeros = self.memo.get(given, last_zero)
         if zeros == NO_MASK or (given.is_floating_point() and zeros > min(map(_leading_text, layouts.values()))):

@@ -129,6 +129,15 @@ def test_dense_steps_keep_the_mask() -> None:
         assert torch.equal(output(denoiser(), inputs(token_mask())), dense)
 
 
+def test_processors_that_are_not_set_keep_the_mask() -> None:
+    model, mask = tiny_denoiser("chroma"), token_mask()
+    dense = output(model, inputs(mask))
+    processors = gensparse.make_processors(model, SMALL)
+    assert torch.equal(output(model, inputs(mask)), dense)
+    model.set_attn_processor(processors)
+    close(output(model, inputs(mask)), masked_output(denoiser(), inputs(mask), LAYOUTS, SMALL))
+
+
 class Twice:
     """An operator that calls the model's own attention."""
 

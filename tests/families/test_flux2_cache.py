@@ -151,6 +151,17 @@ def test_a_model_that_gets_its_cache_after_apply_stays_sparse() -> None:
     assert handle.report()["calls"] == {"sparse": 4, "dense": {}}
 
 
+def test_blocks_compile_in_one_graph() -> None:
+    model = with_cache(tiny_denoiser("flux2"))
+    gensparse.apply(model, SMALL, strict=True)
+    eager = both(model, REFERENCES[0])
+    gensparse.compile_blocks(model, fullgraph=True, backend="eager")
+    try:
+        close(both(model, REFERENCES[0]), eager)
+    finally:
+        torch.compiler.reset()
+
+
 def test_processors_without_a_cache_run_dense_with_the_reason() -> None:
     model, inputs = tiny_denoiser("flux2"), extracting(((5, 8),))
     dense = model(**inputs, return_dict=False)[0]

@@ -606,6 +606,25 @@ def test_only_lumina2_and_zimage_count_time_upwards() -> None:
     assert chroma.FAMILY.timestep({"timestep": torch.tensor([0.25])}) == 0.25
 
 
+@pytest.mark.parametrize("name", ["chroma_added", "zimage_ragged"])
+def test_blocks_compile_in_one_graph(name: str) -> None:
+    model, inputs, graphs = CASES[name].model(), CASES[name].inputs(7, 5), []
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    gensparse.apply(model, SMALL, strict=True)
+    eager = output(model, inputs)
+    gensparse.compile_blocks(model, fullgraph=True, backend=backend)
+    try:
+        for _ in range(2):
+            torch.testing.assert_close(output(model, inputs), eager, atol=1e-5, rtol=0)
+            assert len(graphs) <= 3, "compiled again"
+    finally:
+        torch.compiler.reset()
+
+
 @by_case
 def test_blocks_name_what_holds_the_sites(name: str) -> None:
     model = denoiser(name)
