@@ -4,9 +4,10 @@ import inspect
 import logging
 import math
 import re
+import threading
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,11 +18,13 @@ from torch import nn
 
 from gensparse.errors import ConfigError, LayoutMismatchError, UnsupportedProcessorError
 from gensparse.families import Family, Layouts, TensorMemo, WithKeys, family_of
-from gensparse.layout import KINDS, Layout
+from gensparse.layout import KINDS, Layout, Segment
 from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
+from gensparse.parallel import Team, ulysses
 from gensparse.patterns import Pattern, Policy, Reference, References, RoutedPattern
 from gensparse.plan import build_plan
 from gensparse.processors import _compat
+from gensparse.processors.bank import Bank, Record
 from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
 from gensparse.processors.pairs import NO_MASK, ProductMask, last_zero
@@ -248,10 +251,38 @@ class Handle:
         for attachment in self._attachments:
             attachment.clock.restart(steps)
 
+    def record(self, *, keep_on: torch.device | str | None = None, **call: Any) -> None:
+        """Run the denoiser once so that its sites keep keys and values, which later calls see beside their own.
+
+        For methods with `records = True`, such as ScaleDiT, whose low-resolution picture is recorded before the
+        high-resolution steps. What was recorded before is forgotten.
+
+        Args:
+            call: arguments of the denoiser's forward; `recorded` of the method says which.
+            keep_on: device to keep them on, such as "cpu", from where they are copied at every use; None keeps them
+                where they are computed.
+
+        Raises:
+            ConfigError: the method records nothing, is not on the model any more, or needs other arguments.
+            LayoutMismatchError: the call does not say what its tokens are.
+        """
+        for attachment in self._attachments:
+            attachment.record(call, keep_on)
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        for attachment in self._attachments:
+            attachment.forget()
+
     def remove(self) -> None:
-        """Undo everything, bit for bit; does nothing where it is undone or replaced already."""
+        """Undo everything, bit for bit; does nothing where it is undone or replaced already.
+
+        Raises:
+            ConfigError: weights of the method cannot be taken off where the model's are now; the method stays then.
+        """
         for attachment in self._attachments:
             attachment.remove()
+            attachment.forget()
 
 
 class Attachment:
@@ -277,7 +308,9 @@ class Attachment:
         self.clock, self.memo, self.run = clock or Clock(), TensorMemo(), _Run(owner)
         self.tally = Tally(self.counted)
         self.loaded: Loaded | None = None
+        self.bank, self._recorder = Bank(), 0  # the thread that records
         self._works: dict[Any, Work] = {}
+        self._agreed: frozenset[str] = frozenset()
         self._hook: Any = None
         self._warned = False
 
@@ -351,15 +384,56 @@ class Attachment:
         if not self.active:
             return
         self.tally.collect()
+        if self.loaded is not None:
+            self.loaded.undo()  # first, since it may refuse
         self._hook.remove()
         for module in self.modules.values():
             make_dense(module.processor)
             delattr(module, SITE)
         for processor in _compat.set_aside(self.model):
             make_dense(processor)
-        if self.loaded is not None:
-            self.loaded.undo()
         delattr(self.model, _ATTACHMENT)
+
+    def record(self, call: Mapping[str, Any], keep_on: torch.device | str | None) -> None:
+        """See `Handle.record`."""
+        if not self.method.records:
+            raise ConfigError(f"{self.method.name} records nothing; it needs no call but those of the denoising steps.")
+        if not self.active:
+            raise ConfigError(f"{self.method.name} is not on the model any more; apply it again before recording.")
+        self.forget()
+        arguments, self.bank = self.method.recorded(dict(call)), Bank(keep_on)
+        self._recorder = threading.get_ident()
+        try:
+            with torch.no_grad(), self.loaded.recording() if self.loaded is not None else nullcontext():
+                self.model(**arguments)
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            self._recorder = 0
+        for site in self.counted:
+            site.recorded = self.bank.sources(site.name) or None
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self.bank = Bank()
+        for site in self.counted:
+            site.recorded = None
+
+    def _recording(self, key: "SlotKey", layouts: Layouts | str, bound: Mapping[str, Any], team: Any) -> Action:
+        """What sites do, and keep, in a call that is recorded."""
+        layout = layouts if isinstance(layouts, str) else layouts[key.role]
+        if team is not None or not isinstance(layout, Layout):
+            why = layout if isinstance(layout, str) else "its tokens are divided, or differ from sample to sample"
+            raise LayoutMismatchError(f"{type(self.model).__name__} cannot record: {why}")
+        what = self.method.recording(layout, At(key.kind, key.role))
+        if what is None:
+            return Action(reason=f"{self.method.name} records nothing here")
+        work = self._work(what.pattern, layout, None, _device(self.model, bound), False, None)
+        target = layout.segments[layout.target]
+        segment = Segment("reference", target.length, target.shape, what.name)
+        record = Record(self.bank, key.role, segment, layout.starts[layout.target])
+        return Action((work,), strict=True, record=record)
 
     def sparse_copy(self, name: str, module: nn.Module) -> Any:
         """The processor of a module, for a site a sparse copy that shares its weights."""
@@ -395,12 +469,18 @@ class Attachment:
         self._heal()
         call = _signature(type(model)).bind(model, *args, **kwargs)
         bound = call.arguments
-        now, layouts = self._now(bound), self._layouts(bound)
-        pairs = self._product_mask(bound, layouts)
+        team = _compat.team_of(model)
+        recording = self._recorder == threading.get_ident()
+        now, layouts = At() if recording else self._now(bound), self._layouts(bound, team)
+        pairs = None if team else self._product_mask(bound, layouts)
         for key, slot in self.slots.items():
             extra = None if isinstance(layouts, str) else _extra(layouts[key.role])
             added = pairs is not None and pairs.added
-            slot.put(replace(self._action(key, now, layouts, bound, added=added), pairs=pairs, extra=extra))
+            if recording:
+                action = self._recording(key, layouts, bound, team)
+            else:
+                action = self._action(key, now, layouts, bound, added=added, team=team)
+            slot.put(replace(action, pairs=pairs, extra=extra))
         if pairs is None:
             return None
         bound[self.family.product_mask] = None
@@ -430,12 +510,23 @@ class Attachment:
         step = self.clock.tick(self.family.timestep(bound), self.run.moment())
         return At(step=step, steps=self.clock.steps or self.run.steps())
 
-    def _layouts(self, bound: Mapping[str, Any]) -> Layouts | str:
+    def _layouts(self, bound: Mapping[str, Any], team: Team | None) -> Layouts | str:
         """Layouts by role, or why there are none."""
         try:
-            return self.family.read_layouts(self.model, bound, self.memo)
+            layouts = self.family.read_layouts(self.model, bound, self.memo)
         except LayoutMismatchError as error:
             return str(error)
+        return layouts if team is None else self._divided(layouts, bound, team)
+
+    def _divided(self, layouts: Layouts, bound: Mapping[str, Any], team: Team) -> Layouts | str:
+        """Layouts of tokens that a team divides, once all of it agree on them."""
+        if not all(isinstance(layout, Layout) for layout in layouts.values()):
+            return "samples of different lengths and cached references are not divided among processes"
+        what = f"{self.settings} on {layouts}"
+        if what not in self._agreed:
+            team.agree(what, _samples(bound))
+            self._agreed = self._agreed | {what}
+        return {role: ulysses.divided(layout, team.size) for role, layout in layouts.items()}
 
     def _product_mask(self, bound: Mapping[str, Any], layouts: Layouts | str) -> ProductMask | None:
         """The product mask of a call, where sites can take it over: its zeros are bools, or numbers of text tokens."""
@@ -449,12 +540,20 @@ class Attachment:
         return ProductMask(given, trivial=zeros == 0)
 
     def _action(
-        self, key: "SlotKey", now: At, layouts: Layouts | str, bound: Mapping[str, Any], *, added: bool = False
+        self,
+        key: "SlotKey",
+        now: At,
+        layouts: Layouts | str,
+        bound: Mapping[str, Any],
+        *,
+        added: bool = False,
+        team: Team | None = None,
     ) -> Action:
         """What sites do; `added` says that a product mask is added to their logits."""
         if self.settings.dense_at(now):
             return Action(reason="dense step")
-        at = now._replace(kind=key.kind, role=key.role, coarseness=self.family.coarseness(key.role))
+        coarseness, recorded = self.family.coarseness(key.role), self.bank.segments(key.role)
+        at = now._replace(kind=key.kind, role=key.role, coarseness=coarseness, recorded=recorded)
         active = self.method.active(at)
         if isinstance(active, Dense):
             return Action(reason=active.reason)
@@ -471,6 +570,8 @@ class Attachment:
         stop = next((item for item in chosen if isinstance(item, Dense)), None)
         if stop is not None:
             return Action(reason=stop.reason)
+        if team is not None and not all(isinstance(what, Pattern | RoutedPattern) for what in chosen):
+            return self._dense(f"{method.name} computes in its own way, which is not divided among processes")
         masks = [self.family.own_mask(self.model, layout) for layout in own]
         masked = any(mask is not None for mask in masks)
         if masked and not all(isinstance(what, Pattern) for what in chosen):
@@ -482,14 +583,14 @@ class Attachment:
             chosen = [_with_cached(what, extra) for what in chosen]
         device = _device(self.model, bound)
         heads = [method.heads(at._replace(layout=layout), key.heads) for layout in own]
-        works = [self._work(*item, device, added) for item in zip(chosen, own, heads, strict=True)]
+        works = [self._work(*item, device, added, team) for item in zip(chosen, own, heads, strict=True)]
         if masked and any(work.plan is not None and work.plan.sources for work in works):
             return self._dense("the model's own mask does not say who sees pooled keys")
         native = self.family.native_at(key.role, self.subject.native_tokens)
         gain, seed = method.logit_gain(own[0], native), getattr(method, "seed", 0)
         strict = self.settings.strict
         more = {"step": at.step, "seed": seed, "masked": masked, "audit": self.settings.audit or 0}
-        return Action(tuple(works), gain=gain, strict=strict, **more)
+        return Action(tuple(works), gain=gain, strict=strict, team=team, **more)
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:
@@ -506,8 +607,11 @@ class Attachment:
         entries: tuple[int, ...] | None,
         device: torch.device,
         added: bool,
+        team: Team | None,
     ) -> Work:
         """What the sites do on a layout; `entries` of the pattern's menu, one per head."""
+        if team is not None and entries is not None:
+            entries = entries[team.share(len(entries))]
         key = (what, layout, entries, device, added)
         work = self._works.get(key)
         if work is None:
@@ -517,7 +621,8 @@ class Attachment:
                 plan = build_plan(what, layout, device=device)
                 text = build_plan(what & _TEXT_ALONE, layout, device=device) if added else None
                 # the plan's layout, since compiled blocks tell equal layouts apart
-                work = Work(plan.layout, plan=plan, groups=groups, unbiased=text)
+                parts = plan.layout.shares() if team else ()
+                work = Work(plan.layout, plan=plan, groups=groups, unbiased=text, parts=parts)
             else:
                 work = Work(layout, operator=what)
             recent = list(self._works.items())[1 - _RECENT :]
@@ -525,7 +630,14 @@ class Attachment:
         return work
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_works": {}}
+        return {**self.__dict__, "_recorder": 0, "_works": {}, "_agreed": frozenset()}
+
+
+def _samples(bound: Mapping[str, Any]) -> list[float]:
+    """A few numbers of the first floating-point input, by which processes see whether they have the same."""
+    tensors = (value for value in bound.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
+    flat = next(tensors, torch.empty(0)).detach().flatten()
+    return flat[:: max(1, len(flat) // 16)][:16].float().nan_to_num().tolist()
 
 
 def _extra(layout: Layout | tuple[Layout, ...] | WithKeys) -> Extra | None:

@@ -32,6 +32,10 @@ class PlanTooLargeError(GensparseError):
     """A plan, or a dense mask, would need more memory than its limit."""
 
 
+class ParallelError(GensparseError):
+    """Processes that share a run disagree about it, or one is missing."""
+
+
 class ModelError(GensparseError):
     """A model is missing, gated, offline or refused (pickle weights, remote code)."""
 

@@ -201,6 +201,14 @@ class Layout:
         places[order] = np.arange(len(order))
         return places
 
+    def shares(self) -> tuple[int, ...]:
+        """Tokens of every part, as each process holds them; one part without `ulysses`."""
+        edges = [
+            [_cut(stop - start, self.parts, part) for part in range(self.parts + 1)]
+            for start, stop in self._stream_ranges()
+        ]
+        return tuple(sum(edge[part + 1] - edge[part] for edge in edges) for part in range(self.parts))
+
     def runs(self, segment: int) -> list[tuple[int, int]]:
         """Where the tokens of a segment stand: (first, last + 1) places of the sequence, in the segment's order."""
         first = self.starts[segment]

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gensparse.errors import ConfigError
+from gensparse.parallel import Team
+
 _LOG = logging.getLogger(__name__)
 
 TESTED = "0.42."
@@ -81,15 +84,36 @@ def widened_mask(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
     return mask
 
 
-def refusal(dropout_p: float, is_causal: bool, options: dict[str, Any]) -> str | None:
+def refusal(dropout_p: float, is_causal: bool) -> str | None:
     """Why the arguments of an attention call rule out a sparse one, or None."""
     if dropout_p:
         return "attention dropout is on"
     if is_causal:
         return "causal attention was asked for"
-    if options.get("parallel_config") is not None:
-        return "the call holds a part of the sequence (context parallelism)"
     return None
+
+
+def divided(options: dict[str, Any]) -> bool:
+    """Whether the tensors of an attention call are a process's part of the sequence."""
+    return options.get("parallel_config") is not None
+
+
+def team_of(model: Any) -> Team | None:
+    """The processes that share the attention calls of a model by Ulysses; None for a model of one process.
+
+    Raises:
+        ConfigError: the model uses ring attention.
+    """
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree > 1:
+        raise ConfigError(
+            f"Ring attention (ring_degree={config.ring_degree}) shows a process the keys of the others piece by piece, "
+            "where a sparse pattern needs them in place; use ContextParallelConfig(ulysses_degree=...), or "
+            "gensparse.remove() to run dense."
+        )
+    return Team.of(config._ulysses_mesh.get_group(), uneven=config.ulysses_anything)
 
 
 def dispatcher() -> Callable[..., Tensor]:

@@ -13,13 +13,18 @@ from torch import Tensor
 from gensparse.attention import Sources, biased_pools, choose, sparse_attention
 from gensparse.errors import LayoutMismatchError
 from gensparse.layout import Layout
+from gensparse.parallel import Team, ulysses
+from gensparse.patterns import TopRegions
 from gensparse.plan import ClusterPlan, Plan, RouteContext, RoutedPlan
+from gensparse.processors.bank import Record
 from gensparse.processors.masks import key_bias
 from gensparse.processors.operators import Operator, OperatorCall
 from gensparse.processors.pairs import ProductMask
 from gensparse.processors.rows import outputs_of, sample_rows, weights_of
 
 SPARSE = "sparse"
+
+ALL_HEADS = slice(0, None)
 
 CACHED = "cached references"
 """Name of the key source that holds the keys of `Extra`."""
@@ -33,8 +38,9 @@ class Work:
 
     Args:
         layout: of the queries.
-        groups: int [1, H], entry of the plan's menu for every head.
+        groups: int [1, H], entry of the plan's menu for every head (of this process).
         unbiased: plan of the queries that an added product mask gives no preference, see `Action.pairs`.
+        parts: tokens that every process of a team holds.
     """
 
     layout: Layout
@@ -42,6 +48,7 @@ class Work:
     operator: Operator | None = None
     groups: Tensor | None = None
     unbiased: Plan | None = None
+    parts: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -78,6 +85,8 @@ class Action:
         pairs: mask of all pairs that was taken out of the model's call and belongs to calls over all its tokens.
         extra: keys without queries, which calls of these sites have.
         audit: queries per call whose output is compared with that of dense attention.
+        team: processes that divide the tokens of a call, so that each computes some heads.
+        record: what the sites keep of the call, also those that otherwise stay dense.
     """
 
     works: tuple[Work, ...] = ()
@@ -90,6 +99,8 @@ class Action:
     pairs: ProductMask | None = None
     extra: Extra | None = None
     audit: int = 0
+    team: Team | None = None
+    record: Record | None = None
 
 
 class ActionSlot:
@@ -131,7 +142,8 @@ class Site:
         pinned: why this site always runs dense, or None.
 
     `held` says whether the site's processor has been sparse, so that it must stay so. `sources` are weights of key
-    sources that belong to this site, `notes` what its operators read. `backend` is the one of the last sparse call.
+    sources that belong to this site, `recorded` the sources it kept of a recorded call, `notes` what its operators
+    read. `backend` is the one of the last sparse call.
     `outcome` is written by every call and collected by the pre-hook of the next one; it is never read in between, so
     that compiled blocks need not be compiled again for it. `audited` sums up [squared difference, squared norm] of the
     outputs that were compared with dense ones.
@@ -144,6 +156,7 @@ class Site:
         self.pinned = pinned
         self.held = False
         self.sources: Sources | None = None
+        self.recorded: Sources | None = None
         self.notes: Any = None
         self.outcome: str | None = None
         self.backend: str | None = None
@@ -159,6 +172,7 @@ class Site:
         dense: Callable[..., Tensor],
         refused: str | None = None,
         hidden: Tensor | None = None,
+        divided: bool = False,
     ) -> Tensor:
         """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current action, else `dense()`.
 
@@ -170,6 +184,7 @@ class Site:
             mask: as scaled_dot_product_attention takes it; over keys it joins the sparse call.
             refused: why the arguments rule out a sparse call.
             hidden: input of the attention module.
+            divided: whether the tokens are one process's part of them.
 
         Raises:
             LayoutMismatchError: the method is strict and the call does not fit its layout.
@@ -180,21 +195,54 @@ class Site:
             dense = partial(_under, dense, pairs)
         if self.slot is None or not _is_own(action, q, k):
             return dense()
-        if action is None or not action.works or self.pinned is not None:
+        if action is None or not action.works or (self.pinned is not None and action.record is None):
             self.outcome = self.pinned or (action.reason if action else "called outside the model's forward")
             return dense()
         mask = None if action.masked else mask
+        if divided:
+            return self._shared(q, k, v, mask, action, refused, scale, dense)
         works = _works_of(action, q)
         misfit = refused or _misfit(action, works, q, k) or _unmaskable(action, works or (), mask, pairs)
         if works is None or misfit is not None:
             self._refuse(action, misfit or "")
             return dense()
         self.outcome = SPARSE
+        if action.record is not None:
+            action.record.keep(self.name, k, v)
         bias = pairs.bias() if pairs is not None else None if mask is None else key_bias(mask)
         out = self._sparse(q, k, v, action, works, bias, scale, dense, hidden)
         if action.audit:
             self._audit(out, q, k, v, action, works, bias, scale)
         return out
+
+    def _shared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        action: Action,
+        refused: str | None,
+        scale: float | None,
+        dense: Callable[..., Tensor],
+    ) -> Tensor:
+        """A call whose tokens are divided: each process attends with its heads over all of them."""
+        team, work = action.team, action.works[0]
+        if team is None:
+            self._refuse(action, "the tokens of the call are divided among processes, those of the model are not")
+            return dense()
+        refused = refused or _indivisible(work, team, q, k, mask)
+        if refused is not None:
+            self._refuse(action, refused)
+            return dense()
+        self.outcome = SPARSE
+        total, heads = q.shape[2], team.share(q.shape[2])
+        bias = None if mask is None else key_bias(mask)
+        bias = None if bias is None else ulysses.gather_keys(bias, team, work.parts)
+        q, k, v = (ulysses.gather(x, team, work.parts) for x in (q, k, v))
+        scale = _scaled(scale, q.shape[-1], action.gain)
+        out = self._attend(q, k, v, work, action, bias, scale, dense, None, heads)
+        return ulysses.scatter(out, team, work.parts, total)
 
     def _sparse(
         self,
@@ -234,12 +282,14 @@ class Site:
         scale: float | None,
         dense: Callable[[], Tensor],
         hidden: Tensor | None,
+        heads: slice = ALL_HEADS,
     ) -> Tensor:
         plan = work.plan
         if not isinstance(plan, Plan):
-            return self._eager(q, k, v, work, action, bias, scale, dense, hidden)
+            return self._eager(q, k, v, work, action, bias, scale, dense, hidden, heads)
         self.backend = choose(plan, q)
-        sources = self.sources
+        given = self._given(plan)
+        sources = given if heads is ALL_HEADS else _of_heads(given, heads)
         if action.extra is not None:
             k, v, sources = _split(k, v, action.extra, sources)
         if plan.sources and bias is not None:  # a mask also weights the tokens that are averaged
@@ -249,8 +299,15 @@ class Site:
             return out
         rest = None
         if work.unbiased is not None:
-            rest = sparse_attention(q, k, v, work.unbiased, scale=scale, sources=self.sources, groups=work.groups)
+            rest = sparse_attention(q, k, v, work.unbiased, scale=scale, sources=given, groups=work.groups)
         return action.pairs.joined(out, rest)
+
+    def _given(self, plan: Plan) -> Sources | None:
+        """The key sources of a plan that belong to this site."""
+        if self.recorded is None:
+            return self.sources
+        known = {**(self.sources or {}), **self.recorded}
+        return {source.name: known[source.name] for source in plan.sources if source.name in known} or None
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -299,6 +356,7 @@ class Site:
         scale: float | None,
         dense: Callable[[], Tensor],
         hidden: Tensor | None,
+        heads: slice,
     ) -> Tensor:
         """Operators, and plans whose keys are chosen at run time."""
         if work.operator is not None:
@@ -307,7 +365,7 @@ class Site:
             return work.operator.attend(q, k, v, call)
         assert work.plan is not None, "a work has a plan or an operator"
         self.backend = "routed"
-        ctx = RouteContext(action.seed, self.layer, action.step)
+        ctx = RouteContext(action.seed, self.layer, action.step, first_head=heads.start)
         return sparse_attention(q, k, v, work.plan, scale=scale, key_bias=bias, ctx=ctx)
 
     def _refuse(self, action: Action, reason: str) -> None:
@@ -337,6 +395,38 @@ def _is_own(action: Action | None, q: Tensor, k: Tensor) -> bool:
         return surplus == 0
     # the references' attention to themselves stays the model's own
     return surplus == extra.keys or (surplus == 0 and q.shape[1] != extra.keys)
+
+
+def _indivisible(work: Work, team: Team, q: Tensor, k: Tensor, mask: Tensor | None) -> str | None:
+    """Why a team cannot compute a call; the same answer in all of its processes."""
+    if q.shape[1] != work.parts[team.rank]:
+        return f"process {team.rank} got {q.shape[1]} tokens, but its part of the layout has {work.parts[team.rank]}"
+    if (
+        isinstance(work.plan, RoutedPlan)
+        and isinstance(work.plan.pattern, TopRegions)
+        and not work.plan.pattern.per_head
+    ):
+        return f"{work.plan.pattern!r} chooses for all heads together, which are divided among processes"
+    if k.shape[2] != q.shape[2] and k.shape[2] % team.size:
+        return f"{k.shape[2]} key heads cannot be divided among {team.size} processes"
+    if mask is None:
+        return None
+    bias = key_bias(mask)
+    if bias is None or bias.shape[-1] != q.shape[1]:
+        return "the attention mask differs from query to query, or is not divided like the tokens"
+    if work.plan is not None and work.plan.sources:
+        return "an attention mask does not cover pooled keys on several processes"
+    return None
+
+
+def _of_heads(sources: Sources | None, heads: slice) -> Sources | None:
+    """Sources for some heads: tensors of keys are cut, weights are the same for all."""
+    if sources is None:
+        return None
+    return {
+        name: (given[0][:, :, heads], given[1][:, :, heads]) if isinstance(given, tuple) else given
+        for name, given in sources.items()
+    }
 
 
 def _misfit(action: Action, works: tuple[Work, ...] | None, q: Tensor, k: Tensor) -> str | None:

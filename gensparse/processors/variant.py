@@ -143,8 +143,8 @@ def _dispatch_to_site(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if _compat.scores_are_skipped():
             return dense()
         mask = _compat.widened_mask(attn_mask, query.shape[0], key.shape[1])
-        refused = _compat.refusal(dropout_p, is_causal, options)
-        return _running_site().attend(query, key, value, mask, scale, dense, refused, _RUNNING.hidden)
+        refused, divided = _compat.refusal(dropout_p, is_causal), _compat.divided(options)
+        return _running_site().attend(query, key, value, mask, scale, dense, refused, _RUNNING.hidden, divided)
 
     return attend
 
@@ -171,7 +171,7 @@ def _sdpa_to_site(
     if _compat.scores_are_skipped():
         return dense().transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    refused = _compat.refusal(dropout_p, is_causal, {})
+    refused = _compat.refusal(dropout_p, is_causal)
     return _running_site().attend(q, k, v, attn_mask, scale, dense, refused, _RUNNING.hidden).transpose(1, 2)
 
 
