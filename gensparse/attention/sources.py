@@ -105,9 +105,12 @@ def _source_keys(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(given, tuple):
         expected = (k.shape[0], source.segment.length, *k.shape[2:])
-        if any(x.shape != expected for x in given):
-            raise ConfigError(f"source {source.name!r} got {[tuple(x.shape) for x in given]}; pass k and v {expected}.")
-        return given[0].to(k), given[1].to(v)
+        if any(x.shape not in (expected, (1, *expected[1:])) for x in given):
+            raise ConfigError(
+                f"source {source.name!r} got {[tuple(x.shape) for x in given]}; pass k and v {expected}, or one sample "
+                "for the whole batch."
+            )
+        return given[0].to(k).expand(expected), given[1].to(v).expand(expected)
     if source.of is None:
         raise ConfigError(
             f"source {source.name!r} is not made from the call's own keys; pass sources={{{source.name!r}: (k, v)}} "

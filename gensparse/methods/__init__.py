@@ -6,7 +6,7 @@ from typing import Any
 from gensparse.errors import ConfigError, unknown_name
 from gensparse.methods.agentsd import AgentSD
 from gensparse.methods.auto import Auto
-from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Subject
+from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Recording, Subject
 from gensparse.methods.biformer import BiFormer
 from gensparse.methods.clear import Clear
 from gensparse.methods.cosmos_sparse import CosmosSparse
@@ -19,6 +19,7 @@ from gensparse.methods.neighborhood import Neighborhood
 from gensparse.methods.proxy import Proxy
 from gensparse.methods.psa import PSA
 from gensparse.methods.radial import Radial
+from gensparse.methods.scale_dit import ScaleDiT
 from gensparse.methods.sliding_window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "proxy": Proxy,
     "psa": PSA,
     "radial": Radial,
+    "scale_dit": ScaleDiT,
     "sliding_window": SlidingWindow,
 }
 
@@ -61,6 +63,8 @@ __all__ = [
     "Place",
     "Proxy",
     "Radial",
+    "Recording",
+    "ScaleDiT",
     "SlidingWindow",
     "Subject",
     "as_method",

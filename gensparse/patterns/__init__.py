@@ -1,7 +1,7 @@
 """Attention patterns: pure geometry, as frozen values that combine with | and &."""
 
 from gensparse.patterns.aligned import Aligned
-from gensparse.patterns.anchors import Anchors
+from gensparse.patterns.anchors import Anchors, AnchorStream
 from gensparse.patterns.base import FULL, NONE, PARTIAL, Intersection, Pattern, PerHead, Rule, Source, Union
 from gensparse.patterns.blocks import MSW, Blocks, Grid, Halo, LongDistance, double_windows
 from gensparse.patterns.box import Box, InwardWindow, SlidingTiles
@@ -22,6 +22,7 @@ __all__ = [
     "NONE",
     "PARTIAL",
     "Aligned",
+    "AnchorStream",
     "Anchors",
     "Blocks",
     "Box",

@@ -24,6 +24,7 @@ from gensparse.patterns.base import (
     empty_span,
 )
 from gensparse.patterns.blockmask import BlockMaskRule
+from gensparse.patterns.box import Box
 from gensparse.patterns.checks import choice, per_axis, whole_number
 
 ANCHORS = "anchors"
@@ -76,7 +77,7 @@ class Anchors(Pattern):
         choice("Anchors neighbours", self.neighbours, ("faithful", "3x3"))
         choice("Anchors text_sees_anchors", self.text_sees_anchors, (False, True))
         if self.closure is not None:
-            object.__setattr__(self, "closure", _blocks(self.closure))
+            object.__setattr__(self, "closure", _blocks("Anchors", self.closure))
         if self.low is not None:
             low = _pair("Anchors low", self.low)
             object.__setattr__(self, "low", low if isinstance(low, tuple) else (low, low))
@@ -105,6 +106,39 @@ class Anchors(Pattern):
         faithful = self.neighbours == "faithful"
         rule = _AnchorsRule(layout, sources, place, window, faithful, self.text_sees_anchors)
         return rule if self.closure is None else _closed(rule, window, self.closure)
+
+
+@dataclass(frozen=True)
+class AnchorStream(Pattern):
+    """What anchors see where they are alone: |dy|, |dx| <= 2 of the target. Other segments neither see nor are seen.
+
+    Args:
+        closure: as for `Anchors`, with blocks that are cut from the first anchor on. In the sequence of all three that
+            is the same wherever the tokens before the anchors fill whole blocks, as at all published sizes; elsewhere a
+            block would hold picture tokens too and show the anchors what those see.
+
+    Raises:
+        ConfigError: closure is no pair of positive integers, or (when bound) a layout of more than one frame.
+    """
+
+    closure: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.closure is not None:
+            object.__setattr__(self, "closure", _blocks("AnchorStream", self.closure))
+
+    def bind(self, layout: Layout, data: Data = NO_DATA) -> Rule:
+        grid = layout.grid
+        if grid[0] > 1:
+            raise ConfigError(f"AnchorStream got a target grid {grid}; pass a picture (one frame).")
+        rule = Box((1, _LOW, _LOW)).bind(layout)
+        if self.closure is None:
+            return rule
+        side = (_ANCHOR_WINDOW, _ANCHOR_WINDOW)
+        rank = np.full(layout.tokens, -1)
+        start, length = layout.starts[layout.target], layout.segments[layout.target].length
+        rank[start : start + length] = window_places(grid[1:], side)
+        return closed(rule, rank, length, self.closure, side)
 
 
 class _AnchorsRule(Rule):
@@ -261,6 +295,17 @@ def _closed(rule: _AnchorsRule, window: tuple[int, int], blocks: tuple[int, int]
             place = window_places(segment.shape[1:], sides[number]) if number in sides else np.arange(segment.length)
             rank[start : start + segment.length] = total + place
             total += segment.length
+    return closed(rule, rank, total, blocks, window)
+
+
+def closed(rule: Rule, rank: Ints, total: int, blocks: tuple[int, int], window: tuple[int, int]) -> Rule:
+    """A rule on whole blocks: a pair of blocks with any visible pair is visible wholly.
+
+    Args:
+        rank: place of every token, and key of a source, in the order that is cut into blocks; -1 for none.
+        total: tokens with a place.
+        window: that the order walks through.
+    """
     q, k = (_covers(rule, rank, total, size) for size in blocks)
     mask = np.zeros((-(-total // blocks[0]), -(-total // blocks[1])), np.bool_)
     step = max(1, _PAIRS // len(k[0]))
@@ -270,10 +315,10 @@ def _closed(rule: _AnchorsRule, window: tuple[int, int], blocks: tuple[int, int]
         seen = rule.tile_relation(boxes, k[1]) != NONE
         i, j = np.nonzero(seen)
         mask[q[0][part][i], k[0][j]] = True
-    return BlockMaskRule(layout, rank, blocks, mask, window, rule.sources)
+    return BlockMaskRule(rule.layout, rank, blocks, mask, window, rule.sources)
 
 
-def _covers(rule: _AnchorsRule, rank: Ints, total: int, size: int) -> tuple[Ints, Boxes]:
+def _covers(rule: Rule, rank: Ints, total: int, size: int) -> tuple[Ints, Boxes]:
     """Boxes that together hold exactly the tokens of all blocks, and the block of every box.
 
     A block is a run of the order, so inside a window it is a part of a row, whole rows, and a part of a row.
@@ -314,8 +359,8 @@ def _pair(what: str, value: Any) -> int | tuple[int, int]:
     return number
 
 
-def _blocks(value: Any) -> tuple[int, int]:
+def _blocks(what: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ConfigError(f"Anchors closure={value!r} is not allowed; pass (query block, key block) or None.")
-    query, key = (whole_number("Anchors closure", entry, unit="tokens") for entry in value)
+        raise ConfigError(f"{what} closure={value!r} is not allowed; pass (query block, key block) or None.")
+    query, key = (whole_number(f"{what} closure", entry, unit="tokens") for entry in value)
     return query, key

@@ -15,6 +15,7 @@ from gensparse.patterns import (
     FULL,
     NONE,
     Anchors,
+    AnchorStream,
     Blocks,
     Box,
     CrissCross,
@@ -529,9 +530,28 @@ def test_anchors_as_a_source_run_on_every_backend(closure):
     check_pattern(Anchors((4, 6), closure=closure, low=(3, 4)), layouts)
 
 
+@pytest.mark.parametrize("blocks", [None, (16, 8), (8, 32)])
+@pytest.mark.parametrize(("grid", "low"), [((1, 16, 24), (4, 6)), ((1, 12, 8), (3, 2))])
+def test_anchors_alone_see_what_they_see_behind_whole_blocks(grid, low, blocks):
+    text = -grid[1] * grid[2] % 32 + 32
+    layout = anchors_layout(grid, low, text)
+    alone = mask(AnchorStream(blocks), Layout.image(*low))
+    behind = layout.tokens - low[0] * low[1]
+    equal(mask(Anchors(8, closure=blocks), layout)[behind:, behind:], alone)
+    assert not mask(Anchors(8, closure=blocks), layout)[behind:, :behind].any()
+
+
+@pytest.mark.parametrize("blocks", [None, (7, 11), (128, 64)])
+def test_anchors_alone_run_on_every_backend(blocks):
+    check_pattern(AnchorStream(blocks), [Layout.image(5, 7, text=1), Layout.image(9, 1), Layout.image(1, 1, text=3)])
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: AnchorStream(128),
+        lambda: AnchorStream((128, 0)),
+        lambda: AnchorStream().bind(Layout.video(2, 3, 3)),
         lambda: Anchors(8, low=(4, 0)),
         lambda: Anchors(8, low=(4, 4, 4)),
         lambda: Anchors(8, low=(4, 4)).bind(Layout.joint((1, 16, 16), references=[(1, 4, 4)])),
@@ -552,7 +572,7 @@ def test_anchors_as_a_source_run_on_every_backend(closure):
     ],
 )
 def test_anchors_refuse_what_they_cannot_do(make):
-    with pytest.raises(ConfigError, match="Anchors"):
+    with pytest.raises(ConfigError, match="Anchor"):
         make()
 
 
