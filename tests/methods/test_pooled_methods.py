@@ -51,6 +51,19 @@ def test_small_settings_change_the_model_and_remove_restores_bits(
     assert torch.equal(output(model, inputs), dense)
 
 
+def test_averages_under_a_mask_compile_in_one_graph() -> None:
+    model, inputs = tiny_denoiser("hunyuan_video"), tiny_inputs("hunyuan_video", (2, 3, 5))
+    gensparse.apply(model, Proxy(2), strict=True)
+    eager = output(model, inputs)
+    torch.compiler.reset()
+    try:
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(output(model, inputs), eager, atol=1e-5, rtol=0)
+    finally:
+        torch.compiler.reset()
+
+
 Cell = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
