@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from gensparse.families import FAMILIES
 from gensparse.layout import Layout
 from gensparse.methods import METHODS, START, At, Clear, Loaded, Method, Place, Subject
 from gensparse.patterns import Disc, Pattern, Text
+from gensparse.processors.operators import OperatorCall
 from gensparse.testing import support_table
 from gensparse.testing.support_table import COMMAND, Measured, Outcome, outcome
 from gensparse.testing.tiny import TINY
@@ -84,11 +86,22 @@ class _Forgets(_Planted):
 
 
 @dataclass(frozen=True)
-class _NotFinite(_Planted):
-    """Logits beyond all bounds."""
+class _Hole:
+    """An operator that computes nothing."""
 
-    def logit_gain(self, layout: Layout, native_tokens: int | None) -> float:
-        return float("nan")
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: OperatorCall) -> Tensor:
+        return torch.full_like(q, float("nan"))
+
+    def key(self) -> str:
+        return "hole"
+
+
+@dataclass(frozen=True)
+class _NotFinite(_Planted):
+    """No numbers."""
+
+    def pattern(self, layout: Layout, at: At = START) -> _Hole:
+        return _Hole()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from gensparse.testing.tiny import IMAGES, TINY, VIDEOS, tiny_denoiser, tiny_inp
 
 COMMAND = "python -P -m gensparse.testing.support_table docs/models.md"
 
-GRIDS = {"picture": (1, 6, 8), "video": (3, 4, 6)}
+GRIDS = {"picture": (1, 8, 12), "video": (3, 4, 6)}
 """Tokens of the measured calls."""
 
 SETTINGS: Mapping[str, Mapping[str, str]] = {
@@ -77,6 +77,7 @@ class Subject:
     """A tiny model to try methods on: it stands for a pipeline, with a scheduler that knows steps and training size."""
 
     def __init__(self, name: str, **options: Any) -> None:
+        self.name = name
         self.kind = "video" if name in VIDEOS else "picture"
         self.transformer = tiny_denoiser(name, **options)
         self.transformer_2 = tiny_denoiser(name, seed=1, **options) if name in PAIRED else None
@@ -104,7 +105,8 @@ class Subject:
         """A sentence that says the same for all models, and where it is about none, for all methods."""
         text = text.replace(f"this {self.model_class}", "this model").replace(self.model_class, "this model")
         if self.model_class in FAMILIES:
-            text = text.replace(f"not {family_of(self.transformer).name};", "not this one;")
+            own = family_of(self.transformer).name
+            text = text.replace(f"not {own};", "not this one;").replace(f"is of {own};", "is of another;")
         text = re.sub(r"but the model has \d+", "but the model has another number", text)
         text = text.replace(f"{method.name} has no rule for", "the method has no rule for")
         return text.split("; supported model classes are ")[0]
@@ -147,8 +149,12 @@ def outcome(subject: Subject, method: Method) -> Outcome:
 
 
 def _run(subject: Subject, method: Method, handle: Any) -> Outcome:
-    """The step with the most sparse sites."""
+    """The step with the most sparse sites; a method that wants a small picture of the call first gets it."""
     found = []
+    if method.records:
+        frames, height, width = GRIDS[subject.kind]
+        ratio = getattr(method, "ratio", 1)
+        handle.record(**tiny_inputs(subject.name, (frames, height // ratio, width // ratio)))
     for step in range(STEPS if method.timed else 1):
         finite = bool(torch.isfinite(subject.run(step)).all())
         report = handle.report()
