@@ -20,6 +20,7 @@ from gensparse.methods.proxy import Proxy
 from gensparse.methods.psa import PSA
 from gensparse.methods.radial import Radial
 from gensparse.methods.scale_dit import ScaleDiT
+from gensparse.methods.schedule import Schedule
 from gensparse.methods.sliding_window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "psa": PSA,
     "radial": Radial,
     "scale_dit": ScaleDiT,
+    "schedule": Schedule,
     "sliding_window": SlidingWindow,
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "Radial",
     "Recording",
     "ScaleDiT",
+    "Schedule",
     "SlidingWindow",
     "Subject",
     "as_method",
@@ -92,6 +95,9 @@ def parse_method(text: str) -> Method:
     """
     name, _, rest = text.strip().partition(":")
     settings: dict[str, Any] = {"method": name.strip()}
+    own = method_class(name.strip()).read_text(rest)
+    if own is not None:
+        return Method.from_dict({**settings, **own})
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key or not value:

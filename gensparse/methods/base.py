@@ -227,6 +227,20 @@ class Method(ABC):
         return chosen(**settings) if preset is None else chosen.preset(preset, **settings)
 
     @classmethod
+    def read_text(cls, text: str) -> dict[str, Any] | None:
+        """Settings from a text of the method's own form; None for the usual "key=value,key=value".
+
+        Raises:
+            ConfigError: text that is not of that form.
+        """
+        return None
+
+    @classmethod
+    def write_text(cls, settings: Mapping[str, Any]) -> str | None:
+        """The text that `read_text` reads, from settings as `to_dict` gives them; None for the usual form."""
+        return None
+
+    @classmethod
     def _named(cls, name: Any) -> type[Self]:
         from gensparse.methods import method_class
 

@@ -38,9 +38,11 @@ def method_text(data: Mapping[str, Any]) -> str:
 
     `parse_method` reads it back.
     """
-    settings = {k: v for k, v in data.items() if k not in ("method", "version")}
-    items = ",".join(f"{name}={_setting(value)}" for name, value in settings.items())
-    name = str(data.get("method", ""))
+    from gensparse.methods import METHODS
+
+    settings, name = {k: v for k, v in data.items() if k not in ("method", "version")}, str(data.get("method", ""))
+    own = METHODS[name].write_text(settings) if settings and name in METHODS else None
+    items = ",".join(f"{name}={_setting(value)}" for name, value in settings.items()) if own is None else own
     return f"{name}:{items}" if items else name
 
 
@@ -55,6 +57,8 @@ def _default(item: Any) -> Any:
 
 
 def _lists(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_dict()
     if isinstance(value, Mapping):
         return {key: _lists(part) for key, part in value.items()}
     return [_lists(part) for part in value] if isinstance(value, tuple) else value
