@@ -74,6 +74,8 @@ class ScaleDiT(Method):
     weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.neighbours == (3, 3):  # what the text "3x3" is read as
+            object.__setattr__(self, "neighbours", "3x3")
         checked = Anchors(self.window, self.neighbours, self.text_sees_anchors, self.closure)
         object.__setattr__(self, "window", checked.window)
         object.__setattr__(self, "closure", checked.closure)

@@ -1,5 +1,7 @@
 """Published vectors through applied methods: folders clear, msw_msa, natten, and the windows of freeswim and hybrids.
 
+Folders with masks alone (scale_dit, classic_windows) are compared with the masks of what the methods compute.
+
 Queries, keys and values of a file are the input of a diffusers attention module whose projections only pick them, the
 method is put on it with `gensparse.apply`, and what the module gives is compared with the file.
 """
@@ -8,6 +10,7 @@ import json
 import shutil
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from gensparse.layout import Layout
-from gensparse.methods import START, Clear, DoubleWindow, FreeSwimWindow, LongDistance, Method, MswMsa, Neighborhood
+from gensparse.layout import Layout, Segment
+from gensparse.methods import (
+    START,
+    Clear,
+    DoubleWindow,
+    FreeSwimWindow,
+    LongDistance,
+    Method,
+    MswMsa,
+    Neighborhood,
+    ScaleDiT,
+)
 from gensparse.methods.long_distance import LONG, SHORT
+from gensparse.patterns.anchors import ANCHORS
+from gensparse.testing.window_order import window_first
 
-FOLDERS = ("clear", "msw_msa", "natten", "freeswim", "hybrids", "classic_windows")
+FOLDERS = ("clear", "msw_msa", "natten", "freeswim", "hybrids", "classic_windows", "scale_dit")
 BLOCK = "down_blocks.0"
 NATIVE = 64**2  # picture tokens of FLUX at the size of its training, in the published scale
 
@@ -129,6 +144,42 @@ def check_classic(arrays: dict) -> None:
         np.testing.assert_array_equal(pattern.dense_mask(layout)[0], unpack_mask(bits, layout.tokens), err_msg=name)
 
 
+def check_scale(method: ScaleDiT, high: list[int], low: list[int], text: int, order: np.ndarray, expected: Any) -> None:
+    """The rows of text and picture in a step, and those of the anchors in the call that is recorded."""
+    anchors = Segment("reference", low[0] * low[1], (1, low[0], low[1]), ANCHORS)
+    layout, alone = Layout.image(*high, text=text), Layout.image(*low, text=1)
+    own = method.pattern(layout, START._replace(recorded=(anchors,))).dense_mask(layout)[0]
+    recorded = method.recording(alone)
+    assert recorded.name == ANCHORS
+    small = recorded.pattern.dense_mask(alone)[0][1:, 1:]
+    mask = np.zeros((layout.tokens + anchors.length,) * 2, bool)
+    mask[: layout.tokens], mask[layout.tokens :, layout.tokens :] = own, small
+    np.testing.assert_array_equal(mask[np.ix_(order, order)], expected)
+
+
+def check_scale_table(arrays: dict) -> None:
+    high, low, text = arrays["hr_hw"].tolist(), arrays["lr_hw"].tolist(), int(arrays["text_length"])
+    tokens = high[0] * high[1]
+    order = np.arange(int(arrays["seq"]))
+    if arrays["permuted"]:
+        order = np.concatenate([np.arange(text), text + arrays["hr_perm"], text + tokens + arrays["lr_perm"]])
+    method = ScaleDiT(tuple(arrays["window"].tolist()), ratio=high[0] // low[0])
+    check_scale(method, high, low, text, order, unpack_mask(arrays["mask_bits"], len(order)))
+
+
+def check_scale_blocks(arrays: dict) -> None:
+    """The authors' kernel: window 16, anchors of a quarter, 16 pixels per token."""
+    high = [int(side) // 16 for side in arrays["image_hw"]]
+    text, blocks = int(arrays["text_length"]), tuple(arrays["block"].tolist())
+    low, tokens = [side // 4 for side in high], high[0] * high[1]
+    orders = window_first(high, (16, 16)), window_first(low, (4, 4))
+    order = np.concatenate([np.arange(text), text + orders[0], text + tokens + orders[1]])
+    whole = arrays["block_mask"].repeat(blocks[0], axis=0).repeat(blocks[1], axis=1)
+    method = ScaleDiT.preset("flux.1-dev")
+    assert method.closure == blocks
+    check_scale(method, high, low, text, order, whole)
+
+
 def check(file: Path, folder: Path) -> None:
     kind, arrays = load(file)
     match file.parent.name, kind:
@@ -144,14 +195,18 @@ def check(file: Path, folder: Path) -> None:
             check_double(arrays)
         case "classic_windows", "masks":
             check_classic(arrays)
+        case "scale_dit", "mask":
+            check_scale_table(arrays)
+        case "scale_dit", "blocks":
+            check_scale_blocks(arrays)
         case _:
             raise GoldenError(f"{file}: no check for kind {kind}")
 
 
 def published() -> list:
     """Parameters for every file with results, and for every file that no schema knows."""
-    kinds = ("attention", "attention_extra_keys", "even", "odd_bicubic", "double_attention", "masks")
-    return golden_params(*FOLDERS, kinds=kinds)
+    results = ("attention", "attention_extra_keys", "even", "odd_bicubic", "double_attention")
+    return golden_params(*FOLDERS, kinds=(*results, "masks", "mask", "blocks"))
 
 
 @pytest.mark.parametrize("file", published())

@@ -26,6 +26,7 @@ from gensparse.methods import (
     Neighborhood,
     Proxy,
     Radial,
+    ScaleDiT,
     SlidingWindow,
     as_method,
     parse_method,
@@ -69,6 +70,8 @@ CHOSEN = [
     MswMsa("down_blocks.1+up_blocks.1", draw="step", seed=7),
     CosmosSparse("14b"),
     Clear(weights="Huage001/CLEAR@main", down_factor=4),
+    ScaleDiT(),
+    ScaleDiT((8, 4), 2, "3x3", True, (128, 64), "models/lora.safetensors"),
 ]
 """Methods that choose at run time, see averages alone, or are for some models or calls only."""
 
