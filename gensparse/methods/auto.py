@@ -11,8 +11,9 @@ from gensparse.errors import ConfigError
 from gensparse.layout import Grid, Layout
 from gensparse.methods.base import START, At, Dense, Method, Place, Subject
 from gensparse.methods.checks import whole
+from gensparse.methods.pictures import over_pictures
 from gensparse.methods.profile import FILE_NAME, GridProfile, Profile
-from gensparse.patterns import Box, Pattern, PerHead, Text
+from gensparse.patterns import Box, Pattern, PerHead
 
 _MOST_USEFUL = 0.6  # a plan that computes more of all pairs than this is no faster than one dense call
 
@@ -25,6 +26,8 @@ class Auto(Method):
     over all keys. Without a profile, all heads get a window as wide as the picture the model was trained on. This
     method is ours; only it may run dense by its own choice.
 
+    References of the target's grid are seen through the same windows, others wholly (see `methods.pictures`).
+
     Args:
         error: relative error of a head's output that is acceptable, from 0 to 1.
         density: share of the query-key pairs at most; where it is given, `error` rises until the windows fit it.
@@ -36,6 +39,7 @@ class Auto(Method):
     """
 
     name: ClassVar[str] = "auto"
+    edits: ClassVar[bool] = True
     audit: ClassVar[int] = 8
     paper: ClassVar[str] = "ours; not published"
     licence: ClassVar[str] = "nothing of others"
@@ -108,7 +112,7 @@ class _Resolved(Auto):
         menu, _, share = self._choice(layout)
         if share > _MOST_USEFUL:
             return Dense(f"auto: windows within error {self.error:g} would compute {share:.0%} of all pairs")
-        parts = tuple(window | Text() for window in menu)
+        parts = tuple(over_pictures(window, layout) for window in menu)
         return parts[0] if len(parts) == 1 else PerHead(parts)
 
     def heads(self, at: At, heads: int) -> tuple[int, ...] | None:
@@ -156,7 +160,7 @@ class _Resolved(Auto):
         if self.native_tokens is None:
             return Dense("auto: neither a profile nor the model's training size is known; calibrate this model")
         radius = max(1, round(math.sqrt(self.native_tokens) / 2))
-        return (Box(radius) | Text()).clamped(layout.grid)
+        return over_pictures(Box(radius), layout).clamped(layout.grid)
 
 
 def _box(entry: GridProfile, window: int, grid: Grid) -> Box:
@@ -186,14 +190,16 @@ def _chosen(
 
 
 def _share_of(entry: GridProfile, window: int, layout: Layout) -> float:
-    """Share of all pairs that a head with this window computes: inside the window, and all with text."""
+    """Share of all pairs that a head with this window computes: inside the window between pictures of the target's
+    grid, and all with text and other references."""
     pairs = 1
     radii = entry.windows[window] if window < len(entry.windows) else layout.grid
     for radius, size in zip(radii, layout.grid, strict=True):
         pairs *= sum(min(i + radius, size - 1) - max(i - radius, 0) + 1 for i in range(size))
-    picture, tokens = math.prod(layout.grid), layout.tokens
-    text = tokens - picture
-    return (pairs + 2 * picture * text + text * text) / tokens**2
+    alike = 1 + sum(segment.kind == "reference" and segment.grid == layout.grid for segment in layout.segments)
+    windowed, tokens = alike * math.prod(layout.grid), layout.tokens
+    rest = tokens - windowed
+    return (alike**2 * pairs + 2 * windowed * rest + rest * rest) / tokens**2
 
 
 def profile_beside(model: Any) -> str | None:

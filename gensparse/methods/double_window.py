@@ -6,7 +6,8 @@ from typing import ClassVar
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Method
 from gensparse.methods.checks import whole
-from gensparse.patterns import Pattern, Text, double_windows
+from gensparse.methods.pictures import over_pictures
+from gensparse.patterns import Pattern, double_windows
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class DoubleWindow(Method):
     The seams of one half lie inside the windows of the other, so no alternation over layers is needed. Where the
     shorter side of the picture is not longer than the window, the window is that side and nothing is shifted. Frames of
     a video stay apart. StyleSwin's trained position bias is not part of it.
+
+    References of the target's grid are seen through the same windows, others wholly (see `methods.pictures`).
 
     Args:
         window: tokens per side.
@@ -30,6 +33,7 @@ class DoubleWindow(Method):
     )
     licence: ClassVar[str] = "code MIT; no weights used"
     use: ClassVar[str] = "experiments with windows whose seams must not show"
+    edits: ClassVar[bool] = True
 
     window: int = 8
 
@@ -37,7 +41,7 @@ class DoubleWindow(Method):
         whole(self.name, "window", self.window)
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
-        return double_windows(self.window, layout.grid) | Text()
+        return over_pictures(double_windows(self.window, layout.grid), layout)
 
     def heads(self, at: At, heads: int) -> tuple[int, ...]:
         return tuple(int(head >= heads // 2) for head in range(heads))

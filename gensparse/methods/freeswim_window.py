@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Method
 from gensparse.methods.checks import whole
-from gensparse.patterns import InwardWindow, Pattern, Text
+from gensparse.methods.pictures import over_pictures
+from gensparse.patterns import InwardWindow, Pattern
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class FreeSwimWindow(Method):
 
     The window has the size of the picture the model was trained on, wherever the query stands. This is the window
     branch of FreeSwim with its softmax scale; its second, dense branch that overrides cross attention is not part.
+
+    References of the target's grid are seen through the same window, others wholly (see `methods.pictures`).
 
     Args:
         half: rows and columns on each side, one value or (H, W), in tokens: the training grid // 2.
@@ -31,6 +34,7 @@ class FreeSwimWindow(Method):
     paper: ClassVar[str] = "FreeSwim: training-free high-resolution video (Wu, Song, Tan, He, Liu), arXiv 2511.14712"
     licence: ClassVar[str] = "code without a licence; no weights"
     use: ClassVar[str] = "Wan videos above the size of training, without training"
+    edits: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "wan2.1-t2v-1.3b": {"half": (15, 26), "n0": 1560},
         "wan2.1-t2v-14b": {"half": (22, 40), "n0": 1560},
@@ -45,7 +49,7 @@ class FreeSwimWindow(Method):
             whole(self.name, "n0", self.n0, low=2)
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
-        return InwardWindow(self.half) | Text()
+        return over_pictures(InwardWindow(self.half), layout)
 
     def logit_gain(self, layout: Layout, native_tokens: int | None) -> float:
         return 1.0 if self.n0 is None else math.sqrt(math.log(2 * self.n0) / math.log(self.n0))

@@ -7,7 +7,8 @@ from typing import ClassVar
 from gensparse import patterns
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Method, Place
-from gensparse.patterns import Blocks, Pattern, Text
+from gensparse.methods.pictures import over_pictures
+from gensparse.patterns import Blocks, Pattern
 from gensparse.patterns.checks import per_axis
 
 SHORT, LONG = "short", "long"
@@ -23,6 +24,8 @@ class LongDistance(Method):
     attention layers of the model. Windows and regions at the end of an axis are ragged. CrossFormer's trained position
     bias is not part of it. The defaults are those of its first stage.
 
+    References of the target's grid are seen through the same windows, others wholly (see `methods.pictures`).
+
     Args:
         group: tokens per axis that see each other, one value or (H, W) or (F, H, W).
         interval: distance between them in odd layers, likewise.
@@ -37,6 +40,7 @@ class LongDistance(Method):
     )
     licence: ClassVar[str] = "code MIT; no weights used"
     use: ClassVar[str] = "experiments that need far tokens without pooled keys"
+    edits: ClassVar[bool] = True
 
     group: int | tuple[int, ...] = 7
     interval: int | tuple[int, ...] = 8
@@ -50,4 +54,4 @@ class LongDistance(Method):
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
         own = patterns.LongDistance(self.group, self.interval) if at.kind == LONG else Blocks(self.group)
-        return (own | Text()).clamped(layout.grid)
+        return over_pictures(own, layout).clamped(layout.grid)
