@@ -6,6 +6,7 @@ Padding stays in the sequence; the model hides it by a mask over keys.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from gensparse.errors import LayoutMismatchError
@@ -58,7 +59,8 @@ def _grids(sample: Any) -> tuple[Grid, ...]:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(isinstance(size, int) and size > 0 for size in value)
+    sizes = value if isinstance(value, Sequence) and len(value) == 3 else ()
+    return bool(sizes) and all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
 
 
 FAMILY = Family(

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import Flux2Transformer2DModel
+from diffusers import Flux2KleinKVPipeline, Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from families.family_checks import layouts_of, output, sites_of
+from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -20,7 +21,7 @@ from gensparse.methods import Clear, Method, SlidingWindow
 from gensparse.methods.base import START, At
 from gensparse.patterns import Pattern
 from gensparse.processors.operators import OperatorCall
-from gensparse.testing.tiny import tiny_denoiser, tiny_inputs
+from gensparse.testing.tiny import tiny_denoiser, tiny_inputs, tiny_pipeline
 
 SMALL, WHOLE = SlidingWindow(radius=1), SlidingWindow(radius=100)
 ROWS, COLUMNS, TEXT = 7, 5, 5
@@ -149,6 +150,25 @@ def test_a_model_that_gets_its_cache_after_apply_stays_sparse() -> None:
     handle = gensparse.apply(model, SMALL, strict=True)
     close(both(with_cache(model), REFERENCES[1]), expected)
     assert handle.report()["calls"] == {"sparse": 4, "dense": {}}
+
+
+def test_the_pipeline_with_a_cache_runs_sparse_in_all_its_steps() -> None:
+    parts = tiny_pipeline("flux2").components
+    pipe = Flux2KleinKVPipeline(**{**parts, "text_encoder": None, "tokenizer": None})
+    pipe.set_progress_bar_config(disable=True)
+    text = torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(1))
+
+    def edit() -> Tensor:
+        call = {"prompt_embeds": text, "height": 32, "width": 48, "num_inference_steps": 3, "output_type": "latent"}
+        return pipe(image=Image.new("RGB", (64, 96), "red"), generator=torch.Generator().manual_seed(0), **call).images
+
+    dense = edit()
+    with gensparse.applied(pipe, WHOLE, strict=True) as handle:
+        torch.testing.assert_close(edit(), dense, atol=1e-5, rtol=0)
+        assert handle.report()["calls"] == {"sparse": 3 * 2, "dense": {}}
+    with gensparse.applied(pipe, SMALL, strict=True, dense_steps=1) as handle:
+        assert (edit() - dense).abs().max() > 1e-3
+        assert handle.report()["calls"] == {"sparse": 2 * 2, "dense": {"dense step": 2}}
 
 
 def test_blocks_compile_in_one_graph() -> None:
