@@ -50,6 +50,17 @@ def repeated_blocks(model: Any) -> Collection[str]:
     return tuple(getattr(model, "_repeated_blocks", None) or ())
 
 
+def remedy(cls: type) -> str:
+    """What to do about a processor class without an attention call that can be redirected."""
+    for word, call in (
+        ("Sliced", "disable_attention_slicing"),
+        ("XFormers", "disable_xformers_memory_efficient_attention"),
+    ):
+        if word in cls.__name__:
+            return f"call {call}() on the pipeline"
+    return "set a processor that calls torch's scaled_dot_product_attention, such as AttnProcessor2_0"
+
+
 def core_call(function: types.FunctionType) -> str | None:
     """The name of the attention call in a processor's `__call__`, or None."""
     names = function.__code__.co_names

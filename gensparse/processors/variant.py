@@ -73,7 +73,7 @@ def sparse_variant(cls: type) -> type:
     if not isinstance(original, types.FunctionType) or _compat.core_call(original) is None:
         raise UnsupportedProcessorError(
             f"{cls.__name__} computes attention without {_compat.DISPATCH} or F.{_compat.SDPA}, so nothing can be made "
-            "sparse in it; switch to a processor of the 2_0 kind, for example by turning attention slicing off."
+            f"sparse in it; {_compat.remedy(cls)}."
         )
     redirected = _redirect(native_call(cls) or original)
 
