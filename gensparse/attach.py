@@ -229,7 +229,8 @@ class Handle:
             the query-key pairs that is computed, mean over the sites of what each did in its last sparse call.
             Both are None before a sparse call. "method": its settings as data; "family": of the model. "error":
             {"measured": relative error of the attention outputs against dense ones, root mean square over the tokens
-            that `audit` looked at; "predicted": what the method expected}, each None where it is not known.
+            that `audit` looked at; "predicted": what the method expected}, each None where it is not known. Methods
+            may add entries of their own.
         """
         attached = self._attachments
         densities = [density for attachment in attached for density in attachment.tally.densities()]
@@ -240,6 +241,7 @@ class Handle:
             "method": attached[0].method.to_dict(),
             "family": _listed(attachment.family.name for attachment in attached),
             "error": _error_of(attached),
+            **{name: value for one in attached if one.loaded for name, value in one.loaded.report().items()},
         }
 
     def restart(self, steps: int | None = None) -> None:
@@ -311,7 +313,7 @@ class Attachment:
         self.bank, self._recorder = Bank(), 0  # the thread that records
         self._works: dict[Any, Work] = {}
         self._agreed: frozenset[str] = frozenset()
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._warned = False
 
     def _site(self, name: str, pinned: Mapping[int, str]) -> Site:
@@ -376,7 +378,9 @@ class Attachment:
             if swap:
                 make_sparse(module.processor)
         self.tally = Tally(self.counted)
-        self._hook = self.model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        self._hooks = [self.model.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        for module in self.run.models(self.loaded.beside if self.loaded else ()):
+            self._hooks.append(module.register_forward_pre_hook(_Beside(self), with_kwargs=True))
         setattr(self.model, _ATTACHMENT, self)
 
     def remove(self) -> None:
@@ -386,7 +390,8 @@ class Attachment:
         self.tally.collect()
         if self.loaded is not None:
             self.loaded.undo()  # first, since it may refuse
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module in self.modules.values():
             make_dense(module.processor)
             delattr(module, SITE)
@@ -463,7 +468,8 @@ class Attachment:
         """Forward pre-hook of the model: decide what its sites do in this call.
 
         Returns:
-            None, or other (args, kwargs) for a model whose product mask the sites take over.
+            None, or other (args, kwargs): for a model whose product mask the sites take over, or whose arguments the
+            method changes.
         """
         self.tally.collect()
         self._heal()
@@ -472,6 +478,7 @@ class Attachment:
         team = _compat.team_of(model)
         recording = self._recorder == threading.get_ident()
         now, layouts = At() if recording else self._now(bound), self._layouts(bound, team)
+        changed = self.loaded is not None and not recording and self.loaded.begin(now, bound)
         pairs = None if team else self._product_mask(bound, layouts)
         for key, slot in self.slots.items():
             extra = None if isinstance(layouts, str) else _extra(layouts[key.role])
@@ -481,10 +488,16 @@ class Attachment:
             else:
                 action = self._action(key, now, layouts, bound, added=added, team=team)
             slot.put(replace(action, pairs=pairs, extra=extra))
-        if pairs is None:
-            return None
-        bound[self.family.product_mask] = None
-        return call.args[1:], call.kwargs
+        if pairs is not None:
+            bound[self.family.product_mask] = None
+        return (call.args[1:], call.kwargs) if changed or pairs is not None else None
+
+    @torch.compiler.disable
+    def begin_beside(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the models beside this one."""
+        call = _signature(type(model)).bind(model, *args, **kwargs)
+        changed = self.loaded is not None and self.loaded.begin_beside(self._now(call.arguments), call.arguments)
+        return (call.args[1:], call.kwargs) if changed else None
 
     def _heal(self) -> None:
         """Make sites sparse again whose processor was exchanged (image-prompt adapters, resets)."""
@@ -507,8 +520,8 @@ class Attachment:
         """The step, and how many there are; looked up where it matters only, since the device has to answer."""
         if not self.settings.timed:
             return At()
-        step = self.clock.tick(self.family.timestep(bound), self.run.moment())
-        return At(step=step, steps=self.clock.steps or self.run.steps())
+        step = self.clock.tick(self.family.timestep(bound), self.run.moment(), self.run.plan())
+        return At(step=step, steps=self.clock.steps or self.run.steps(self.clock.first))
 
     def _layouts(self, bound: Mapping[str, Any], team: Team | None) -> Layouts | str:
         """Layouts by role, or why there are none."""
@@ -563,6 +576,8 @@ class Attachment:
         own, extra = layouts[key.role], _extra(layouts[key.role])
         own = own.layout if isinstance(own, WithKeys) else own
         own = own if isinstance(own, tuple) else (own,)
+        if self.loaded is not None:
+            own = tuple(self.loaded.layout(layout, at) for layout in own)
         reason = next(filter(None, (method.why_not(layout, key.role) for layout in own)), None)
         if reason is not None:
             return self._dense(reason)
@@ -671,11 +686,28 @@ class _Run:
         self._owner = weakref.ref(owner) if hasattr(owner, "scheduler") else None
         self._memo = TensorMemo()
 
-    def steps(self) -> int | None:
-        """Distinct timesteps of the pipeline's scheduler from where the run begins; None for a bare model."""
-        timesteps = self._timesteps()
-        first = getattr(self._scheduler(), "begin_index", None) or 0  # later than 0 where a picture is changed
-        return None if timesteps is None else len(set(timesteps[first:]))
+    def models(self, names: Iterable[str]) -> list[nn.Module]:
+        """Models of the pipeline by name, each part of those that are several, such as of a list of ControlNets."""
+        found = [getattr(self._owner and self._owner(), name, None) for name in names]
+        return [part for module in found if isinstance(module, nn.Module) for part in getattr(module, "nets", [module])]
+
+    def steps(self, first: float | None = None) -> int | None:
+        """Distinct timesteps of the pipeline's scheduler from where the run begins; None for a bare model.
+
+        Args:
+            first: timestep of the first step, by which the beginning is found where the scheduler does not know it.
+        """
+        timesteps, scheduler = self._timesteps(), self._scheduler()
+        if timesteps is None:
+            return None
+        begin = getattr(scheduler, "begin_index", None) or 0  # later than 0 where a picture is changed
+        if not hasattr(scheduler, "begin_index") and first in timesteps:
+            begin = timesteps.index(first)
+        return len(set(timesteps[begin:]))
+
+    def plan(self) -> Any:
+        """The tensor of the scheduler's timesteps, another one for every run; None for a bare model."""
+        return getattr(self._scheduler(), "timesteps", None)
 
     def moment(self) -> float | None:
         """The scheduler's own timestep of the step it is at; None for a bare model."""
@@ -693,6 +725,36 @@ class _Run:
 
     def __reduce__(self) -> "tuple[type[_Run], tuple[None]]":
         return _Run, (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
+        copied = _Run(None)
+        copied._owner = _copied(self._owner, memo)
+        return copied
+
+
+class _Beside:
+    """Pre-hook of a model beside the denoiser, such as a ControlNet. A copy of that model alone is free of it."""
+
+    def __init__(self, attachment: Attachment | None) -> None:
+        self._attachment = None if attachment is None else weakref.ref(attachment)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        attachment = self._attachment and self._attachment()
+        return None if attachment is None else attachment.begin_beside(model, args, kwargs)
+
+    def __reduce__(self) -> "tuple[type[_Beside], tuple[None]]":
+        return _Beside, (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Beside":
+        copied = _Beside(None)
+        copied._attachment = _copied(self._attachment, memo)
+        return copied
+
+
+def _copied(reference: "weakref.ref[Any] | None", memo: dict[int, Any]) -> "weakref.ref[Any] | None":
+    """A reference to the copy of what is copied together with it, else to nothing."""
+    copied = None if reference is None else memo.get(id(reference()))
+    return None if copied is None else weakref.ref(copied)
 
 
 def _models(pipe_or_model: Any) -> list[nn.Module]:

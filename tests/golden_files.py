@@ -44,6 +44,7 @@ OWNED: dict[str, tuple[str, ...]] = {
     "agentsd": ("methods/test_golden_video_methods.py",),
     "highres-rope": ("highres",),
     "highres-freq": ("highres",),
+    "hidiffusion": ("highres/test_golden_hidiffusion.py",),
     "freecustom": ("test_golden_references.py",),
     "magicface": ("test_golden_references.py",),
     "consistory": ("test_golden_references.py",),
@@ -147,6 +148,14 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
             "agents_sorted_by_dst",
         ),
         "core": Schema(grammar=r"c\d+_(q|k|v|agent|out|k_scale2|k_shortcut)"),
+    },
+    "hidiffusion": {
+        "resample": Schema(
+            grammar=r"[a-z]_(x|weight|bias|conv_off|conv_on|up_weight|up_bias|up_on|avgpool|bicubic)"
+        ),
+        "windows": Schema(grammar=r"[a-z]_(size|idx[0-3])"),
+        "schedule": Schema(grammar=r"(sd15|sdxl(inpaint|controlnet|turbo)?)_n\d+(_lat\d+)?_(conv|block)_T[12]"),
+        "unet": Schema(grammar=r"w:.+|(raunet|raunet_odd|both)_(x|text|out_plain|out_steps)"),
     },
     "psa": {
         "importance": _schema("q k sample_q sample_k importance block_m block_n"),

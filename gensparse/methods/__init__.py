@@ -12,6 +12,7 @@ from gensparse.methods.clear import Clear
 from gensparse.methods.cosmos_sparse import CosmosSparse
 from gensparse.methods.double_window import DoubleWindow
 from gensparse.methods.freeswim_window import FreeSwimWindow
+from gensparse.methods.hidiffusion import HiDiffusion
 from gensparse.methods.hilo import HiLo
 from gensparse.methods.long_distance import LongDistance
 from gensparse.methods.msw_msa import MswMsa
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "cosmos_sparse": CosmosSparse,
     "double_window": DoubleWindow,
     "freeswim_window": FreeSwimWindow,
+    "hidiffusion": HiDiffusion,
     "hilo": HiLo,
     "long_distance": LongDistance,
     "msw_msa": MswMsa,
@@ -56,6 +58,7 @@ __all__ = [
     "Dense",
     "DoubleWindow",
     "FreeSwimWindow",
+    "HiDiffusion",
     "HiLo",
     "Loaded",
     "LongDistance",

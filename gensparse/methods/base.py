@@ -76,7 +76,30 @@ class Dense:
 
 
 class Loaded(ABC):
-    """What a method put on a model besides processors: weights, adapters."""
+    """What a method put on a model besides processors: weights, adapters, hooks."""
+
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Names of further models of a pipeline, such as "controlnet", whose calls `begin_beside` sees."""
+
+    def begin(self, at: At, arguments: dict[str, Any]) -> bool:
+        """Before every denoiser call, with its step (for methods that are `timed`) and its arguments by name.
+
+        Returns:
+            Whether it changed `arguments`.
+        """
+        return False
+
+    def begin_beside(self, at: At, arguments: dict[str, Any]) -> bool:
+        """The same before calls of the models `beside` the denoiser, which come first in a step."""
+        return False
+
+    def layout(self, layout: Layout, at: At) -> Layout:
+        """What sites of `at` really see in this call, where the sizes inside the model are other ones."""
+        return layout
+
+    def report(self) -> dict[str, Any]:
+        """Further entries of `Handle.report`."""
+        return {}
 
     def sources(self, place: Place) -> "Sources | None":
         """Weights of the key sources of one site, see `sparse_attention`."""

@@ -53,7 +53,7 @@ class MswMsa(Method):
     def __post_init__(self) -> None:
         if self.blocks is not None and not _block_names(self.blocks):
             raise ConfigError(
-                f"msw_msa blocks={self.blocks!r} is not allowed; pass names of blocks joined by +, such as "
+                f"{self.name} blocks={self.blocks!r} is not allowed; pass names of blocks joined by +, such as "
                 "down_blocks.1+up_blocks.1, or nothing for those of the highest resolution with attention."
             )
         one_of(self.name, "draw", self.draw, ("block", "step"))
@@ -64,15 +64,15 @@ class MswMsa(Method):
         present = list(dict.fromkeys(match[1] for match in found if match))
         if not present:
             raise ConfigError(
-                f"msw_msa windows the largest attention blocks of a UNet, and {type(subject.model).__name__} is none; "
-                "apply it to Stable Diffusion 1.5, 2.1 or XL, or take another method."
+                f"{self.name} windows the largest attention blocks of a UNet, and {type(subject.model).__name__} is "
+                "none; apply it to Stable Diffusion 1.5, 2.1 or XL, or take another method."
             )
         if self.blocks is None:
             return replace(self, blocks="+".join(_largest(present)))
         missing = sorted(set(self.blocks.split("+")) - set(present))
         if missing:
             raise ConfigError(
-                f"msw_msa blocks={self.blocks!r} names {missing[0]}, but the blocks of this "
+                f"{self.name} blocks={self.blocks!r} names {missing[0]}, but the blocks of this "
                 f"{type(subject.model).__name__} with attention are {', '.join(present)}."
             )
         return self
@@ -85,7 +85,7 @@ class MswMsa(Method):
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern | Dense:
         if at.kind is None:
-            return Dense("msw_msa leaves this block dense")
+            return Dense(f"{self.name} leaves this block dense")
         return MSW(self.index(at)) | Text()
 
     def index(self, at: At) -> int:

@@ -8,21 +8,25 @@ class Clock(threading.local):
     """Counts distinct timesteps of a run.
 
     Calls with the same timestep (the two halves of guidance, both stages of a second-order step) share a step; a
-    timestep that jumps up starts a new run. Pipelines that know better call `restart()`. Every thread has a run of its
-    own.
+    timestep that jumps up starts a new run, and so does a scheduler whose timesteps were set anew, which an interrupted
+    run may be followed by. Pipelines that know better call `restart()`. Every thread has a run of its own.
+
+    `first` is the timestep of step 0.
     """
 
     def __init__(self) -> None:
         self.step = -1
         self.steps: int | None = None
+        self.first: float | None = None
         self._last: float | None = None
         self._moment: float | None = None
+        self._plan: Any = None
 
     def restart(self, steps: int | None = None) -> None:
         """The next timestep is step 0, whatever its value, of a run of `steps` steps if that is known."""
         self.step, self.steps, self._last = -1, steps, None
 
-    def tick(self, timestep: Any, moment: float | None = None) -> int:
+    def tick(self, timestep: Any, moment: float | None = None, plan: Any = None) -> int:
         """Index of the step `timestep` belongs to; reads the device once.
 
         Args:
@@ -30,10 +34,11 @@ class Clock(threading.local):
                 noisiest of them.
             moment: what the scheduler says the time is. Timesteps that the model's precision makes equal (bfloat16 has
                 no number between 996 and 1000) are different steps where moments differ.
+            plan: the scheduler's timesteps, the same object in all calls of a run; None where there is no scheduler.
         """
         now = float(timestep.max()) if hasattr(timestep, "max") else float(timestep)
-        if self._last is None or now > self._last:
-            self.step = 0
+        if self._last is None or now > self._last or plan is not self._plan:
+            self.step, self.first, self._plan = 0, now, plan
         elif now < self._last or moment != self._moment:
             self.step += 1
         self._last, self._moment = now, moment
