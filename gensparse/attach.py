@@ -605,7 +605,8 @@ class Attachment:
         gain, seed = method.logit_gain(own[0], native), getattr(method, "seed", 0)
         strict = self.settings.strict
         more = {"step": at.step, "seed": seed, "masked": masked, "audit": self.settings.audit or 0}
-        return Action(tuple(works), gain=gain, strict=strict, team=team, **more)
+        shard = None if team else _compat.heads_of(self.model, key.heads)
+        return Action(tuple(works), gain=gain, strict=strict, team=team, heads=shard, **more)
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:
@@ -625,8 +626,9 @@ class Attachment:
         team: Team | None,
     ) -> Work:
         """What the sites do on a layout; `entries` of the pattern's menu, one per head."""
-        if team is not None and entries is not None:
-            entries = entries[team.share(len(entries))]
+        if entries is not None:
+            shard = team.share(len(entries)) if team else _compat.heads_of(self.model, len(entries))
+            entries = entries if shard is None else entries[shard]
         key = (what, layout, entries, device, added)
         work = self._works.get(key)
         if work is None:
@@ -689,7 +691,8 @@ class _Run:
     def models(self, names: Iterable[str]) -> list[nn.Module]:
         """Models of the pipeline by name, each part of those that are several, such as of a list of ControlNets."""
         found = [getattr(self._owner and self._owner(), name, None) for name in names]
-        return [part for module in found if isinstance(module, nn.Module) for part in getattr(module, "nets", [module])]
+        parts = [part for one in found if isinstance(one, nn.Module) for part in getattr(one, "nets", [one])]
+        return [_denoiser(part) for part in parts]
 
     def steps(self, first: float | None = None) -> int | None:
         """Distinct timesteps of the pipeline's scheduler from where the run begins; None for a bare model.

@@ -127,6 +127,14 @@ def team_of(model: Any) -> Team | None:
     return Team.of(config._ulysses_mesh.get_group(), uneven=config.ulysses_anything)
 
 
+def heads_of(model: Any, heads: int) -> slice | None:
+    """The heads that this process computes of `heads` under tensor parallelism; None where it computes all."""
+    config = getattr(getattr(model, "_parallel_config", None), "tensor_parallel_config", None)
+    if config is None or not heads:
+        return None
+    return Team(None, config._mesh.get_local_rank(), config._mesh.size()).share(heads)
+
+
 def dispatcher() -> Callable[..., Tensor]:
     """diffusers' `dispatch_attention_fn`; its options beside q, k and v are those of the processor that calls it."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn

@@ -24,8 +24,6 @@ from gensparse.processors.rows import outputs_of, sample_rows, weights_of
 
 SPARSE = "sparse"
 
-ALL_HEADS = slice(0, None)
-
 CACHED = "cached references"
 """Name of the key source that holds the keys of `Extra`."""
 
@@ -86,6 +84,7 @@ class Action:
         extra: keys without queries, which calls of these sites have.
         audit: queries per call whose output is compared with that of dense attention.
         team: processes that divide the tokens of a call, so that each computes some heads.
+        heads: those of the model that calls have, under tensor parallelism; None for all.
         record: what the sites keep of the call, also those that otherwise stay dense.
     """
 
@@ -100,6 +99,7 @@ class Action:
     extra: Extra | None = None
     audit: int = 0
     team: Team | None = None
+    heads: slice | None = None
     record: Record | None = None
 
 
@@ -258,7 +258,7 @@ class Site:
     ) -> Tensor:
         scale = _scaled(scale, q.shape[-1], action.gain)
         if len(works) == 1:
-            return self._attend(q, k, v, works[0], action, bias, scale, dense, hidden)
+            return self._attend(q, k, v, works[0], action, bias, scale, dense, hidden, action.heads)
         out = torch.zeros_like(q)  # what lies behind the tokens of a sample is padding
         for index, work in enumerate(works):
             part = (slice(index, index + 1), slice(work.tokens))
@@ -268,7 +268,8 @@ class Site:
                 return dense()[part]
 
             own_hidden = None if hidden is None else hidden[part]
-            out[part] = self._attend(q[part], k[part], v[part], work, action, own, scale, own_dense, own_hidden)
+            tensors = (q[part], k[part], v[part])
+            out[part] = self._attend(*tensors, work, action, own, scale, own_dense, own_hidden, action.heads)
         return out
 
     def _attend(
@@ -282,14 +283,14 @@ class Site:
         scale: float | None,
         dense: Callable[[], Tensor],
         hidden: Tensor | None,
-        heads: slice = ALL_HEADS,
+        heads: slice | None,
     ) -> Tensor:
         plan = work.plan
         if not isinstance(plan, Plan):
             return self._eager(q, k, v, work, action, bias, scale, dense, hidden, heads)
         self.backend = choose(plan, q)
         given = self._given(plan)
-        sources = given if heads is ALL_HEADS else _of_heads(given, heads)
+        sources = given if heads is None else _of_heads(given, heads)
         if action.extra is not None:
             k, v, sources = _split(k, v, action.extra, sources)
         if plan.sources and bias is not None:  # a mask also weights the tokens that are averaged
@@ -356,7 +357,7 @@ class Site:
         scale: float | None,
         dense: Callable[[], Tensor],
         hidden: Tensor | None,
-        heads: slice,
+        heads: slice | None,
     ) -> Tensor:
         """Operators, and plans whose keys are chosen at run time."""
         if work.operator is not None:
@@ -365,7 +366,7 @@ class Site:
             return work.operator.attend(q, k, v, call)
         assert work.plan is not None, "a work has a plan or an operator"
         self.backend = "routed"
-        ctx = RouteContext(action.seed, self.layer, action.step, first_head=heads.start)
+        ctx = RouteContext(action.seed, self.layer, action.step, first_head=heads.start if heads else 0)
         return sparse_attention(q, k, v, work.plan, scale=scale, key_bias=bias, ctx=ctx)
 
     def _refuse(self, action: Action, reason: str) -> None:

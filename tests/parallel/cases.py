@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
 
 import gensparse
 from gensparse.layout import Layout
@@ -121,6 +122,22 @@ def heads_of_their_own(rank: int) -> Any:
 @case
 def chosen_at_run_time(rank: int) -> Any:
     return compared("wan", (2, 4, 6), PSA(block=8, query_block=8, tile=1))
+
+
+@case
+def tensor_parallel(rank: int) -> Any:
+    """The weights are divided; heads keep the windows and the random choices that they have in the whole model."""
+    tensor_parallel_hooks._SUPPORTED_TP_DEVICES = (*tensor_parallel_hooks._SUPPORTED_TP_DEVICES, "cpu")
+    results = []
+    for method in (Heads(), PSA(block=8, query_block=8, tile=1)):
+        model, inputs = tiny_denoiser("flux"), tiny_inputs("flux", (1, 8, 6))
+        divided = copy.deepcopy(model)
+        gensparse.apply(model, method, strict=True)
+        handle = gensparse.apply(divided, method, strict=True)
+        divided.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+        results.append((out(divided, inputs) - out(model, inputs)).abs().max().item())
+        assert handle.report()["sparse"] == 2
+    return results
 
 
 @case

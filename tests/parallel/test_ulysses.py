@@ -64,6 +64,11 @@ def test_what_cannot_work_is_said_in_every_process_before_it_waits(both: Any, na
         assert message in process[name]["error"]
 
 
+def test_under_tensor_parallelism_heads_keep_what_is_theirs(both: Any) -> None:
+    for result in ended(both, "tensor_parallel"):
+        assert max(result) <= 1e-5
+
+
 def test_parts_and_heads_may_be_uneven(both: Any) -> None:
     assert all(process["uneven"] <= 1e-6 for process in both)
 
