@@ -44,6 +44,8 @@ OWNED: dict[str, tuple[str, ...]] = {
     "agentsd": ("methods/test_golden_video_methods.py",),
     "highres-rope": ("highres",),
     "highres-freq": ("highres",),
+    "demofusion": ("highres",),
+    "freescale": ("highres",),
     "hidiffusion": ("highres/test_golden_hidiffusion.py",),
     "freecustom": ("test_golden_references.py",),
     "magicface": ("test_golden_references.py",),
@@ -163,6 +165,19 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
         "caps": _schema("k caps block_n thresholds"),
         "attention": _schema("q k v levels out block_m block_n"),
         "gilbert": _schema("order width height depth"),
+    },
+    "demofusion": {
+        "core": Schema(
+            grammar=r"timesteps|cosine_factor|c[123]|views_\d+x\d+_win\d+_stride\d+|kernel_k\d+_s[\d.]+|"
+            r"dil_s\d+_(x|c3|gauss|views|recombined_2x)|(blend|skip)_\d+|blend_[LG]|skip_(z|noisy)|"
+            r"anchor_(in|mean|std|out)"
+        ),
+    },
+    "freescale": {
+        "fusion": Schema(
+            grammar=r"views_\d+x\d+_sub\d+x\d+_sf[\d.]+|"
+            r"[a-z]+_(local|global|scale|lp_local|fused|fused_spatial2d)"
+        ),
     },
     "freecustom": {"mrsa": _schema("q k v ref_masks mask_weights style_fidelity grid layer_bias out")},
     "magicface": {
