@@ -21,3 +21,8 @@ def one_of(method: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None
     """ConfigError unless `value` is one of `allowed`."""
     if not any(type(value) is type(entry) and value == entry for entry in allowed):
         raise ConfigError(f"{method} {name}={value!r} is not allowed; pass one of {', '.join(map(repr, allowed))}.")
+
+
+def all_frames(value: Any, whole: Any) -> Any:
+    """A setting for the axes (F, H, W) of a clip: one given for (H, W) takes `whole` for the frames."""
+    return (whole, *value) if isinstance(value, tuple) and len(value) == 2 else value

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from gensparse import patterns
 from gensparse.layout import Grid, Layout
 from gensparse.methods.base import START, At, Method
+from gensparse.methods.checks import all_frames
 from gensparse.methods.pictures import over_pictures
 from gensparse.patterns import Pattern
 from gensparse.patterns.checks import per_axis, spread
@@ -16,9 +17,10 @@ from gensparse.patterns.checks import per_axis, spread
 class Neighborhood(Method):
     """Picture tokens see text and a window of constant size, moved inward at borders; text sees everything.
 
-    Every setting is one value, or one per axis (H, W) or (F, H, W), in tokens. The default window is the one of
-    generalized neighborhood attention for FLUX at 4096 x 4096; on smaller grids windows shrink to the grid. With a
-    stride equal to a tile and a window of an odd number of tiles this is sliding tile attention (STA, 2502.04507).
+    Every setting is one value, or one per axis (H, W) or (F, H, W), in tokens; (H, W) on clips means all frames. The
+    default window is the one of generalized neighborhood attention for FLUX at 4096 x 4096; on smaller grids windows
+    shrink to the grid. With a stride equal to a tile and a window of an odd number of tiles this is sliding tile
+    attention (STA, 2502.04507).
 
     References of the target's grid are seen through the same window, others wholly (see `methods.pictures`).
 
@@ -64,9 +66,13 @@ class Neighborhood(Method):
         object.__setattr__(self, "base", per_axis("neighborhood base", self.base, whole=True))
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
-        own = self._geometry()
-        if self.base is not None:
-            own = scaled(own, spread("neighborhood base", self.base, layout.grid, single=None), layout.grid)
+        own, base = self._geometry(), self.base
+        if layout.grid[0] > 1:
+            settings = zip((own.window, own.stride, own.dilation, own.causal), (None, 1, 1, False), strict=True)
+            own = patterns.Neighborhood(*(all_frames(value, whole) for value, whole in settings))
+            base = all_frames(base, None)
+        if base is not None:
+            own = scaled(own, spread("neighborhood base", base, layout.grid, single=None), layout.grid)
         return over_pictures(own, layout).clamped(layout.grid)
 
     def _geometry(self) -> patterns.Neighborhood:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Method
+from gensparse.methods.checks import all_frames
 from gensparse.methods.pictures import over_pictures
 from gensparse.patterns import Box, Pattern
 
@@ -16,7 +17,7 @@ class SlidingWindow(Method):
     References of the target's grid are seen through the same window, others wholly (see `methods.pictures`).
 
     Args:
-        radius: in tokens, one for all axes or one per axis (H, W) or (F, H, W).
+        radius: in tokens, one for all axes or one per axis (H, W) or (F, H, W); (H, W) on clips means all frames.
 
     Raises:
         ConfigError: a radius is not a positive integer.
@@ -36,4 +37,6 @@ class SlidingWindow(Method):
         object.__setattr__(self, "radius", Box(self.radius).radius)
 
     def pattern(self, layout: Layout, at: At = START) -> Pattern:
-        return over_pictures(Box(self.radius), layout).clamped(layout.grid)
+        frames = layout.grid[0]
+        radius = all_frames(self.radius, frames) if frames > 1 else self.radius
+        return over_pictures(Box(radius), layout).clamped(layout.grid)

@@ -30,7 +30,6 @@ GRIDS = {"picture": (1, 8, 12), "video": (3, 4, 6)}
 
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "auto": {"picture": "auto:dense_below=0", "video": "auto:dense_below=0"},
-    "neighborhood": {"video": "neighborhood:window=18x24x24"},
     "agentsd": {"sdxl": "agentsd:preset=sdxl"},
 }
 """Methods whose defaults are for other sizes or models only -> (kind or model -> what was measured in their place)."""

@@ -18,6 +18,7 @@ from gensparse.methods import (
     Clear,
     CosmosSparse,
     DoubleWindow,
+    FreeScale,
     FreeSwimWindow,
     HiLo,
     LongDistance,
@@ -71,6 +72,8 @@ CHOSEN = [
     CosmosSparse("14b"),
     Clear(weights="Huage001/CLEAR@main", down_factor=4),
     ScaleDiT(),
+    FreeScale(),
+    FreeScale("reference", "neighborhood:window=5x3,stride=2", False, 12, (1.1, 1.2, 0.6, 0.4), 64, 7),
     ScaleDiT((8, 4), 2, "3x3", True, (128, 64), "models/lora.safetensors"),
 ]
 """Methods that choose at run time, see averages alone, or are for some models or calls only."""
@@ -122,6 +125,14 @@ def test_presets_are_settings_of_their_method(cls: type[Method]) -> None:
         ("biformer:regions=4x5,top=2", BiFormer((4, 5), 2)),
         ("agentsd:cell=4x2,metric=normed,early_steps=8", AgentSD(cell=(4, 2), metric="normed", early_steps=8)),
         ("agentsd:preset=sdxl", AgentSD(max_downsample=2)),
+        (
+            "freescale:preset=sdxl-turbo,whole=fast,freeu=1.1x1.2x0.6x0.4",
+            FreeScale.preset("sdxl-turbo", whole="fast", freeu=(1.1, 1.2, 0.6, 0.4)),
+        ),
+        (
+            "freescale:whole=neighborhood:window=8x8;stride=4,dilated_steps=3",
+            FreeScale(whole=Neighborhood((8, 8), 4), dilated_steps=3),
+        ),
     ],
 )
 def test_text_form_is_read(text: str, method: Method) -> None:
@@ -291,3 +302,21 @@ def test_reference_pictures_are_a_reason_to_stay_dense_unless_the_method_has_a_r
         assert mask[2:18, 18:22].all(), "a reference of another grid is seen wholly"
     else:
         assert "reference" in (method.why_not(edit) or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "same"),
+    [
+        (Neighborhood(window=(3, 5)), Neighborhood(window=(None, 3, 5))),
+        (
+            Neighborhood((4, 5), (2, 1), (1, 1), (True, False)),
+            Neighborhood((None, 4, 5), (1, 2, 1), 1, (False, True, False)),
+        ),
+        (Neighborhood(window=(4, 4), base=(8, 8)), Neighborhood(window=(None, 4, 4), base=(None, 8, 8))),
+        (SlidingWindow((1, 2)), SlidingWindow((5, 1, 2))),
+    ],
+    ids=repr,
+)
+def test_windows_given_for_pictures_span_all_frames_of_clips(method: Method, same: Method) -> None:
+    layout = Layout.video(5, 6, 7, text=3)
+    assert (method.pattern(layout).dense_mask(layout) == same.pattern(layout).dense_mask(layout)).all()
