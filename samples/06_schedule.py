@@ -2,8 +2,7 @@
 
 python samples/06_schedule.py [--tiny]
 
-Draws one picture of the embedded model dense, sparse, and sparse with dense first steps and a dense first layer, and
-prints how far the two are from the dense one.
+Draws one picture of the embedded model dense, sparse, and by schedules, and prints how far each is from the dense one.
 """
 
 import argparse
@@ -13,11 +12,12 @@ import torch
 
 import gensparse
 
-SCHEDULES = {
-    "all sparse": {},
-    "first steps dense": {"dense_steps": 4},
-    "first and last steps dense": {"dense_steps": 3, "dense_last_steps": 1},
-    "first steps and first layer dense": {"dense_steps": 4, "dense_layers": [0]},
+WINDOW = "clear:radius=3"
+SCHEDULES = {  # name: (method, settings of apply)
+    "all sparse": (WINDOW, {}),
+    "first steps dense": (WINDOW, {"dense_steps": 4}),
+    "first steps and first layer dense": (WINDOW, {"dense_steps": 4, "dense_layers": [0]}),
+    "dense, wide, narrow": ("schedule:0=dense;0.2=clear:radius=5;0.6=clear:radius=3", {}),
 }
 CALL = {"negative_prompt": "", "true_cfg_scale": 3.5, "max_sequence_length": 32, "output_type": "np"}
 
@@ -32,7 +32,7 @@ if __name__ == "__main__":
         return pipe(text, height=256, width=256, num_inference_steps=steps, generator=noise, **CALL).images[0]
 
     dense = picture()
-    for name, schedule in SCHEDULES.items():
-        with gensparse.applied(pipe, "clear:radius=3", **schedule) as handle:
+    for name, (method, settings) in SCHEDULES.items():
+        with gensparse.applied(pipe, method, **settings) as handle:
             error = np.sqrt(np.square(picture() - dense).mean())
         print(f"{name}: {255 * error:.1f} levels from dense, calls {handle.report()['calls']}")

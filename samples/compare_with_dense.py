@@ -39,9 +39,13 @@ class Answer(NamedTuple):
     call: dict[str, Any]
     velocity: Tensor
 
+    def to(self, device: torch.device | str) -> "Answer":
+        call = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.call.items()}
+        return Answer(call, self.velocity.to(device))
+
 
 class Answers:
-    """Records every `every`-th step of a run in a `with` block."""
+    """Records every `every`-th step of a run in a `with` block, in main memory."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
         self.model, self.every, self.found = model, every, []
@@ -61,7 +65,7 @@ class Answers:
         if now not in self._times:
             self._times.append(now)
         if (self._times.index(now) - self.every // 2) % self.every == 0:
-            self.found.append(Answer({**call, "return_dict": False}, output[0]))
+            self.found.append(Answer({**call, "return_dict": False}, output[0]).to("cpu"))
 
 
 class Result(NamedTuple):
@@ -113,7 +117,7 @@ def variants(method: str, trained: Path | None, dense_too: bool) -> list[tuple[s
 def velocity_errors(model: nn.Module, answers: Sequence[Answer]) -> list[float]:
     """Relative error of every sample of a batch, over all recorded calls."""
     lost = norm = 0.0
-    for answer in answers:
+    for answer in (answer.to(model.device) for answer in answers):
         velocity = model(**answer.call)[0]
         lost = lost + (velocity - answer.velocity).float().square().flatten(1).sum(1)
         norm = norm + answer.velocity.float().square().flatten(1).sum(1)

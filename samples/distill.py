@@ -28,7 +28,7 @@ from distillation.models import TINY, check_trainable, default_call, load_pipeli
 from distillation.student import AttentionStudent, LoraStudent, Student
 
 from gensparse.errors import ConfigError
-from gensparse.methods import Method, as_method
+from gensparse.methods import Method, Schedule, as_method
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -132,6 +132,10 @@ def main(argv: list[str] | None = None) -> Path:
     method = as_method(options.method)
     if getattr(method, "weights", None) is not None:
         raise ConfigError(f"--method {options.method} brings weights; training starts from the model's own, without.")
+    if isinstance(method, Schedule):
+        raise ConfigError(
+            "A schedule cannot be trained, for lessons have no order in time; train its phases one by one."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     if (options.out / "checkpoint.pt").exists() and not options.resume:
         raise ConfigError(f"{options.out} holds a run already; pass --resume, or another --out.")

@@ -150,7 +150,11 @@ def test_samples_of_other_settings_are_refused_and_finished_ones_kept(distill: A
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("clear:weights=file.safetensors", "without"), ("auto", "leaves every layer dense .*auto: dense is cheaper")],
+    [
+        ("clear:weights=file.safetensors", "without"),
+        ("schedule:0=clear:radius=2;1=clear:radius=3", "phases one by one"),
+        ("auto", "leaves every layer dense .*auto: dense is cheaper"),
+    ],
 )
 def test_methods_that_cannot_be_trained_say_why(distill: Any, tmp_path: Path, method: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
