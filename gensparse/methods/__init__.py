@@ -11,6 +11,7 @@ from gensparse.methods.biformer import BiFormer
 from gensparse.methods.clear import Clear
 from gensparse.methods.cosmos_sparse import CosmosSparse
 from gensparse.methods.double_window import DoubleWindow
+from gensparse.methods.freescale import FreeScale
 from gensparse.methods.freeswim_window import FreeSwimWindow
 from gensparse.methods.hidiffusion import HiDiffusion
 from gensparse.methods.hilo import HiLo
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "clear": Clear,
     "cosmos_sparse": CosmosSparse,
     "double_window": DoubleWindow,
+    "freescale": FreeScale,
     "freeswim_window": FreeSwimWindow,
     "hidiffusion": HiDiffusion,
     "hilo": HiLo,
@@ -57,6 +59,7 @@ __all__ = [
     "CosmosSparse",
     "Dense",
     "DoubleWindow",
+    "FreeScale",
     "FreeSwimWindow",
     "HiDiffusion",
     "HiLo",
