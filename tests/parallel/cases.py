@@ -17,8 +17,8 @@ from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
 import gensparse
 from gensparse.layout import Layout
 from gensparse.methods import PSA, START, At, Clear, Method, Place, SlidingWindow
-from gensparse.parallel import Team, ulysses
-from gensparse.patterns import Box, Pattern, PerHead, Text
+from gensparse.parallel import Team, halo, ulysses
+from gensparse.patterns import Box, CrissCross, Disc, Pattern, PerHead, Text
 from gensparse.testing.tiny import tiny_denoiser, tiny_inputs
 
 CASES: dict[str, Callable[[int], Any]] = {}
@@ -191,6 +191,34 @@ def a_missing_process(rank: int) -> Any:
         return team.agree("early", timeout=0.2)
     finally:
         dist.barrier()
+
+
+@case
+def strips_of_rows(rank: int) -> Any:
+    """Largest difference to one process, for windows that need few rows, many, or all of the other's."""
+    team, results = Team.of(dist.group.WORLD), []
+    for pattern, layout in (
+        (Disc(3) | Text(), Layout.image(11, 6, text=5)),
+        (Box((1, 4, 2)) | Text(), Layout.video(3, 5, 7, text=4)),
+        (PerHead((CrissCross(), Box(1))) | Text(), Layout.image(7, 8, text=2, text_first=False)),
+        (Disc(2), Layout.image(8, 5)),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, layout.tokens, 2, 8, generator=generator) for _ in range(3))
+        bias = torch.randn(2, 1, layout.tokens, generator=generator)
+        plan = gensparse.build_plan(pattern, layout)
+        options = {"groups": torch.tensor([[0, 1]])} if plan.groups > 1 else {}
+        alone = gensparse.sparse_attention(q, k, v, plan, key_bias=bias, **options)
+        strips = halo.divide(pattern, layout, team)
+        own = (x[:, strips.tokens] for x in (q, k, v))
+        out = halo.attend(*own, strips, key_bias=bias[..., strips.tokens], **options)
+        results.append((out - alone[:, strips.tokens]).abs().max().item())
+    return results
+
+
+@case
+def other_strips(rank: int) -> Any:
+    return halo.divide(Disc(2 + rank), Layout.image(8, 8), Team.of(dist.group.WORLD)).fetched
 
 
 @case

@@ -1,4 +1,4 @@
-"""Ulysses sequence parallelism on two processes: this one and a partner, both doing all of `cases.CASES`."""
+"""Two processes share attention calls: this one and a partner, both doing all of `cases.CASES`."""
 
 import json
 import subprocess
@@ -57,6 +57,7 @@ def test_two_processes_give_the_picture_of_one(both: Any, name: str) -> None:
         ("ring", "ConfigError: Ring attention"),
         ("other_sizes", "ParallelError: Process"),
         ("other_seeds", "different inputs of equal shape"),
+        ("other_strips", "is about to compute strips of Disc"),
     ],
 )
 def test_what_cannot_work_is_said_in_every_process_before_it_waits(both: Any, name: str, message: str) -> None:
@@ -71,6 +72,12 @@ def test_under_tensor_parallelism_heads_keep_what_is_theirs(both: Any) -> None:
 
 def test_parts_and_heads_may_be_uneven(both: Any) -> None:
     assert all(process["uneven"] <= 1e-6 for process in both)
+
+
+def test_strips_of_rows_give_the_attention_of_one_process(both: Any) -> None:
+    for process in both:
+        assert len(process["strips_of_rows"]) == 4
+        assert max(process["strips_of_rows"]) <= 2e-6
 
 
 def test_a_missing_process_is_named(both: Any) -> None:
