@@ -408,8 +408,10 @@ class Attachment:
         self.forget()
         arguments, self.bank = self.method.recorded(dict(call)), Bank(keep_on)
         self._recorder = threading.get_ident()
+        adapters = self.loaded.recording() if self.loaded is not None else nullcontext()
         try:
-            with torch.no_grad(), self.loaded.recording() if self.loaded is not None else nullcontext():
+            # once is not worth compiling, and what is kept would have to leave the graph
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), adapters:
                 self.model(**arguments)
         except BaseException:
             self.forget()

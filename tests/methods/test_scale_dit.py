@@ -17,6 +17,7 @@ from families.family_checks import output
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import gensparse
@@ -313,6 +314,25 @@ def test_recording_leaves_the_clock_alone(model: Any, inputs: dict[str, Any]) ->
     output(model, {**inputs, "timestep": torch.full((2,), 0.5)})
     assert handle.report()["calls"]["dense"] == {"dense step": 4}
     assert handle.report()["sparse"] == 4
+
+
+def test_compiled_blocks_record_and_see_anchors_without_being_compiled_again(
+    model: Any, inputs: dict[str, Any]
+) -> None:
+    handle = gensparse.apply(model, SMALL, strict=True)
+    handle.record(**low_call(inputs))
+    expected = output(model, inputs)
+    try:
+        assert gensparse.compile_blocks(model, backend="eager", fullgraph=True) == 4
+        torch.testing.assert_close(output(model, inputs), expected, atol=1e-5, rtol=0)
+        graphs = counters["stats"]["unique_graphs"]
+        handle.record(**low_call(inputs, seed=5))
+        assert (output(model, inputs) - expected).abs().max() > 1e-3
+        handle.record(**low_call(inputs))
+        torch.testing.assert_close(output(model, inputs), expected, atol=1e-5, rtol=0)
+        assert counters["stats"]["unique_graphs"] == graphs
+    finally:
+        torch.compiler.reset()
 
 
 @contextmanager
