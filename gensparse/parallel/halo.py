@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from gensparse.attention import sparse_attention
@@ -116,8 +115,9 @@ class Strips:
             given.append(strip[:, :, low - first : high - first].permute(2, 0, 1, 3, 4, 5).reshape(-1))
             low, high = self._given(rank, self.team.rank)
             sizes.append((high - low) * x.shape[0] * frames * columns * prod(x.shape[2:]))
+        flat = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
         sent = [part.numel() for part in given]
-        flat = collectives.wait_tensor(collectives.all_to_all_single(torch.cat(given), sizes, sent, self.team.group))
+        dist.all_to_all_single(flat, torch.cat(given), sizes, sent, group=self.team.group)
         rows = flat.view(-1, x.shape[0], frames, columns, *x.shape[2:]).permute(1, 2, 0, 3, 4, 5)
         (low, _), (_, high) = self.halos
         above, below = rows.split([first - low, high - last], dim=2)

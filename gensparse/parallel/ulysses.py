@@ -8,7 +8,6 @@ one after the other, which `Layout.ulysses` describes. Nothing is exchanged abou
 from itertools import groupby
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from gensparse.layout import Layout, Segment
@@ -71,6 +70,8 @@ def gather_keys(bias: Tensor, team: Team, parts: tuple[int, ...]) -> Tensor:
 
 def _exchanged(given: list[Tensor], sizes: list[int], team: Team) -> Tensor:
     """What the others give this process, one after the other: `given` and `sizes` by process, flat."""
+    import torch.distributed._functional_collectives as collectives  # loads torch's compiler
+
     sent = [part.numel() for part in given]
     received = collectives.all_to_all_single_autograd(torch.cat(given), sizes, sent, team.group)
     return collectives.wait_tensor(received)
