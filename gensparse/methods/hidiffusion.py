@@ -21,8 +21,8 @@ class HiDiffusion(MswMsa):
 
     The features stay as small as at the training size while the picture takes shape, and are whole again afterwards, so
     that the last steps are the plain UNet's. In all steps the largest attention blocks run in windows (see `msw_msa`),
-    which is what makes large pictures quick. No weights are needed, and any fine-tuned checkpoint or LoRA works. It is
-    meant for pictures above the training size: at that size itself it blurs.
+    which is what makes large pictures quick. No weights are needed, and any fine-tuned checkpoint or LoRA works. It
+    reduces features at any size, so apply it for pictures above the training size only.
 
     Works in text to image, image to image, inpainting and ControlNet pipelines; intervals are shares of the steps that
     the run really takes. A ControlNet of SDXL runs on latents of the training size, for the first 0.6 of the steps;

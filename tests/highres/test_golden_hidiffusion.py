@@ -187,4 +187,6 @@ def test_changed_values_are_noticed() -> None:
     with pytest.raises(AssertionError):
         check_schedule({name: np.roll(array, 1) for name, array in tables["schedule"].items()})
     with pytest.raises(AssertionError):
-        check_resample({name: np.roll(x, 1, -1) if name.endswith("_x") else x for name, x in tables["resample"].items()})
+        check_resample(
+            {name: np.roll(x, 1, -1) if name.endswith("_x") else x for name, x in tables["resample"].items()}
+        )

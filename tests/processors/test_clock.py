@@ -44,3 +44,12 @@ def test_moments_count_only_where_timesteps_are_equal() -> None:
     assert [clock.tick(timestep, 1000.0) for timestep in (900.0, 800.0, 800.0, 900.0)] == [0, 1, 1, 0]
     clock.restart()
     assert clock.tick(900.0, 500.0) == 0
+
+
+def test_timesteps_that_were_set_anew_start_a_new_run_below_the_last_one() -> None:
+    """A run was interrupted, and the next one changes a picture, so that it starts late."""
+    clock, first, second = Clock(), [900, 700, 500, 300], [900, 700, 500, 300]
+    assert [clock.tick(t, plan=first) for t in (900, 700)] == [0, 1]
+    assert clock.first == 900
+    assert [clock.tick(t, plan=second) for t in (500, 500, 300)] == [0, 0, 1]
+    assert clock.first == 500
