@@ -54,7 +54,7 @@ def blend_rows(
         shape, tile, overlap: in cells (latent pixels); a cell is `in_scale` input and `out_scale` output pixels wide.
 
     Yields:
-        (first output row, strip float32 [..., rows, W]) from top to bottom; only one row of tiles is alive.
+        (first output row, strip float32 [..., rows, W] on the CPU) from top to bottom; only one row of tiles is alive.
     """
     starts = [tile_starts(n, tile, overlap) for n in shape]
     sizes = [min(tile, n) for n in shape]
@@ -67,10 +67,10 @@ def blend_rows(
         rows = slice(top * in_scale, (top + sizes[0]) * in_scale)
         band: torch.Tensor | None = None
         for left, col_weight in zip(starts[1], weights[1], strict=True):
-            part = read(rows, slice(left * in_scale, (left + sizes[1]) * in_scale)).float()
+            part = read(rows, slice(left * in_scale, (left + sizes[1]) * in_scale)).to("cpu", torch.float32)
             if band is None:
                 band = part.new_zeros(*part.shape[:-1], shape[1] * out_scale)
-            weight = (row_weight[:, None] * col_weight).to(part.device)
+            weight = row_weight[:, None] * col_weight
             band[..., left * out_scale : (left + sizes[1]) * out_scale].addcmul_(part, weight)
         assert band is not None
         if carried is not None:

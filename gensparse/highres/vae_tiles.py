@@ -6,11 +6,19 @@ where they are cheap, and a tile equals the same part of the un-tiled result. Gr
 its statistics are gathered over all tiles first (a pass per norm, from the latest stored map). Attention sees the whole
 map.
 
-Feather mode decodes overlapping tiles on their own and blends them: faster for networks with GroupNorm, not equal.
+Blended modes compute overlapping tiles of one size on their own and fade between them: faster for networks with
+GroupNorm, not equal. "feather" calls the network per tile. "synced" runs all tiles layer by layer, with one set of
+GroupNorm statistics for all of them, so that tiles have one tone; between two norms the maps of all tiles wait on the
+CPU (as sync_tiled_decode of ScaleCrafter, arXiv 2310.07702, and FouriScale, arXiv 2403.12963; here a pixel that
+several tiles share counts once).
+
+The device holds one tile (and, in exact mode, keys and values of the mid-block's attention); all else is on the CPU.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gensparse.errors import ConfigError
-from gensparse.highres.latent_tiles import blend_rows
+from gensparse.highres.latent_tiles import blend_rows, tile_starts
+from gensparse.highres.stream import streamed_attention
+from gensparse.highres.tiling import OVERLAP, Tiling
 
 State = tuple[torch.Tensor, ...]  # the map, and behind it the skip connection while inside a residual block
 Span = tuple[int, int]
@@ -27,6 +37,8 @@ Reader = Callable[[Span, Span], torch.Tensor]
 
 DEFAULT_MAP_BYTES = 1 << 30
 CUT_BYTES = 1 << 28
+BLOCK_BYTES = 1 << 26  # float32 copies that norms make at a time
+ATTENTION_TOKENS = 16_384  # tokens that are projected at a time
 
 
 @dataclass(frozen=True)
@@ -37,16 +49,19 @@ class Layer:
         run: (state, norm scale, norm shift) -> state on a region of the map.
         radius: pixels of input needed around an output pixel (at input resolution, after striding).
         up, down: output pixels per input pixel, or the reverse.
+        channels: of its widest map, at the finer of its two resolutions; 0 says nothing.
         norm: the GroupNorm at its start; its scale and shift [1, C, 1, 1] are given to `run`.
-        whole: needs the whole map at once (attention).
+        whole: attention: (stored map, norm scale, norm shift) -> the whole new map on the CPU. `run` is its form for a
+            map that is a tile.
     """
 
     run: Callable[[State, torch.Tensor | None, torch.Tensor | None], State]
     radius: int = 0
     up: int = 1
     down: int = 1
+    channels: int = 0
     norm: nn.GroupNorm | None = None
-    whole: bool = False
+    whole: Callable[["Map", torch.Tensor | None, torch.Tensor | None], torch.Tensor] | None = None
 
     def needs(self, span: Span, length: int) -> Span:
         """The input region for the output region `span`, inside an input of `length`."""
@@ -64,14 +79,40 @@ def _plain(function: Callable[[torch.Tensor], torch.Tensor], **geometry: int) ->
     return Layer(lambda state, scale, shift: (function(state[0]),), **geometry)
 
 
-def _normed(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _normed(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    act: Callable[[torch.Tensor], torch.Tensor] = _identity,
+) -> torch.Tensor:
+    """act(x * scale + shift), computed in float32 a few channels at a time."""
     assert scale is not None
     assert shift is not None
-    return torch.addcmul(shift, x.float(), scale).to(x.dtype)
+    step = max(1, BLOCK_BYTES // (4 * x.shape[-2] * x.shape[-1]))
+    if step >= x.shape[1]:
+        return act(torch.addcmul(shift, x.float(), scale).to(x.dtype))
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        out[:, part] = act(torch.addcmul(shift[:, part], x[:, part].float(), scale[:, part]).to(x.dtype))
+    return out
 
 
 def _norm_act_conv(norm: nn.GroupNorm, act: nn.Module, conv: nn.Module) -> Layer:
-    return Layer(lambda state, scale, shift: (conv(act(_normed(state[0], scale, shift))),), radius=1, norm=norm)
+    def run(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
+        return (conv(_normed(state[0], scale, shift, act)),)
+
+    return Layer(run, radius=1, channels=_widest(conv), norm=norm)
+
+
+def _widest(module: nn.Module) -> int:
+    """The most channels that a convolution in `module` takes or makes."""
+    convs = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    return max((max(conv.in_channels, conv.out_channels) for conv in convs), default=0)
 
 
 def _resnet(block: Any) -> list[Layer]:
@@ -81,25 +122,27 @@ def _resnet(block: Any) -> list[Layer]:
         raise ConfigError(f"Exact VAE tiles do not know this form of {type(block).__name__}; use mode='feather'.")
 
     def first(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
-        return block.conv1(block.nonlinearity(_normed(state[0], scale, shift))), state[0]
+        return block.conv1(_normed(state[0], scale, shift, block.nonlinearity)), state[0]
 
     def second(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
         inner, skip = state
-        inner = block.conv2(block.nonlinearity(_normed(inner, scale, shift)))
+        inner = block.conv2(_normed(inner, scale, shift, block.nonlinearity))
         skip = skip if block.conv_shortcut is None else block.conv_shortcut(skip)
-        return ((skip + inner) / block.output_scale_factor,)
+        inner = inner.add_(skip)  # in place: maps are large, and this one is new
+        return (inner if block.output_scale_factor == 1 else inner / block.output_scale_factor,)
 
-    return [Layer(first, radius=1, norm=norms[0]), Layer(second, radius=1, norm=norms[1])]
+    wide = _widest(block)
+    return [Layer(run, radius=1, channels=wide, norm=norm) for run, norm in zip((first, second), norms, strict=True)]
 
 
 def _upsampler(module: Any) -> list[Layer]:
     nearest = _plain(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), up=2)
-    return [nearest, _plain(module.conv, radius=1)]
+    return [nearest, _plain(module.conv, radius=1, channels=_widest(module.conv))]
 
 
 def _downsampler(module: Any) -> Layer:
     """Stride 2 with one row and column of zeros behind the end (padding 0), or padding 1 on both sides."""
-    return _plain(module, radius=2 if module.padding == 0 else 1, down=2)
+    return _plain(module, radius=2 if module.padding == 0 else 1, down=2, channels=_widest(module))
 
 
 def _kl_block(block: Any) -> list[Layer]:
@@ -112,25 +155,75 @@ def _kl_mid(block: Any) -> list[Layer]:
     layers = _resnet(block.resnets[0])
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         if attention is not None:
-            layers.append(Layer(lambda state, scale, shift, run=attention: (run(state[0]),), whole=True))
+            layers.append(_attention(attention))
         layers += _resnet(resnet)
     return layers
 
 
+def _attention(attention: Any) -> Layer:
+    """diffusers' Attention as VAEs have it: GroupNorm, one softmax over all pixels, and the input added again."""
+    unknown = [name for name in ("spatial_norm", "norm_q", "norm_k", "added_kv_proj_dim") if getattr(attention, name)]
+    if unknown or not isinstance(attention.group_norm, nn.GroupNorm):
+        raise ConfigError(
+            f"Exact VAE tiles do not know attention with {unknown or 'no GroupNorm'}; use mode='feather'."
+        )
+
+    def over(source: Map, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+        return _mixed(attention, source, scale, shift)
+
+    def run(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
+        return (over(Map(state, state[0].device), scale, shift).to(state[0].device),)
+
+    return Layer(run, norm=attention.group_norm, whole=over)
+
+
+def _mixed(attention: Any, source: "Map", scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """The attention over a stored map, rows by rows; the device holds keys, values and one block."""
+    height, width = source.shape
+    rows = max(1, ATTENTION_TOKENS // width)
+    spans = [(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+    def read(span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        (x,) = source.read(span, (0, width))
+        return x, _normed(x, scale, shift).flatten(2)[0].T
+
+    def heads(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (attention.heads, -1)).transpose(0, 1)
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    for top, end in spans:
+        _, tokens = read((top, end))
+        k, v = heads(attention.to_k(tokens)), heads(attention.to_v(tokens))
+        if keys is None:
+            keys, values = (t.new_empty(t.shape[0], height * width, t.shape[-1]) for t in (k, v))
+        keys[:, top * width : end * width], values[:, top * width : end * width] = k, v
+    assert keys is not None
+    assert values is not None
+    out = torch.empty_like(source.tensors[0], device="cpu")
+    for top, end in spans:
+        x, tokens = read((top, end))
+        mixed = streamed_attention(heads(attention.to_q(tokens)), keys, values)
+        y = attention.to_out[0](mixed.transpose(0, 1).flatten(1)).T.reshape(x.shape)
+        y = y + x if attention.residual_connection else y
+        out[..., top:end, :] = (y / attention.rescale_output_factor).cpu()
+    return out
+
+
 def _kl_ends(network: Any) -> tuple[list[Layer], list[Layer]]:
     tail = _norm_act_conv(network.conv_norm_out, network.conv_act, network.conv_out)
-    return [_plain(network.conv_in, radius=1)], [tail]
+    return [_plain(network.conv_in, radius=1, channels=_widest(network.conv_in))], [tail]
 
 
 def _tiny_layer(module: nn.Module) -> Layer:
     if isinstance(module, nn.Conv2d):
-        return _plain(module, radius=module.kernel_size[0] // 2, down=module.stride[0])
+        return _plain(module, radius=module.kernel_size[0] // 2, down=module.stride[0], channels=_widest(module))
     if isinstance(module, nn.Upsample):
         if module.mode != "nearest":
             raise ConfigError(f"Exact VAE tiles need nearest upsampling, not {module.mode!r}; use mode='feather'.")
         return _plain(module, up=int(module.scale_factor))
     convs = sum(isinstance(part, nn.Conv2d) and part.kernel_size[0] == 3 for part in module.modules())
-    return _plain(module, radius=convs)
+    return _plain(module, radius=convs, channels=_widest(module))
 
 
 def decoder_layers(vae: nn.Module) -> list[Layer]:
@@ -247,9 +340,13 @@ class _Moments:
         self.spread: torch.Tensor | float = 0.0
 
     def add(self, x: torch.Tensor) -> None:
-        values = x.float().reshape(self.groups, -1)
-        variance, mean = torch.var_mean(values, dim=1, correction=0)
-        count, mean, spread = values.shape[1], mean.double(), variance.double() * values.shape[1]
+        each = x.shape[1] // self.groups
+        count = each * x.shape[0] * x.shape[-2] * x.shape[-1]
+        step = max(1, BLOCK_BYTES // (4 * count))
+        blocks = [x[:, each * g : each * (g + step)] for g in range(0, self.groups, step)]
+        pairs = [torch.var_mean(b.float().reshape(b.shape[1] // each, -1), dim=1, correction=0) for b in blocks]
+        variance, mean = (torch.cat(side).double() for side in zip(*pairs, strict=True))
+        spread = variance * count
         total = self.count + count
         apart = mean - self.mean
         self.spread = self.spread + spread + apart**2 * (self.count * count / total)
@@ -274,6 +371,7 @@ class _Walk:
         self, layers: Sequence[Layer], source: Map | Source, tile: int, map_bytes: int, device: torch.device
     ) -> None:
         self.layers, self.source, self.start = layers, source, 0
+        self.widest = _channels_of_the_finest(layers, source.shape)
         self.tile, self.map_bytes, self.device = tile, map_bytes, device
         self.norms: Norms = {}
 
@@ -288,6 +386,7 @@ class _Walk:
                 if cols[0] == 0:
                     strip = piece.new_empty(1, piece.shape[1], rows[1] - rows[0], shape[1])
                 strip[..., slice(*cols)] = piece
+                del piece  # it would wait beside the next one
             yield rows[0], strip
 
     def _settle(self) -> None:
@@ -298,9 +397,11 @@ class _Walk:
         the resolution changes, since halos of many layers add up across resolutions.
         """
         for stop, layer in enumerate(self.layers):
-            if layer.whole:
-                self._advance(stop, None)
-                self._run_whole(layer)
+            if layer.whole is not None:
+                moments = _Moments(layer.norm.num_groups) if layer.norm is not None else None
+                self._advance(stop, None, moments)
+                affine = (None, None) if moments is None else moments.affine(layer.norm)
+                self.source, self.start = Map((layer.whole(self.source, *affine),), self.device), self.start + 1
             elif layer.norm is not None:
                 moments = _Moments(layer.norm.num_groups)
                 self._advance(stop, self.map_bytes, moments)
@@ -323,22 +424,35 @@ class _Walk:
                 moments.add(state[0])
             for whole, piece in zip(store or (), state, strict=store is not None):
                 whole[..., slice(*rows), slice(*cols)] = piece
+                del piece
+            del state  # it would wait beside the next one
         if store is not None:
             self.source, self.start = Map(tuple(store), self.device), stop
 
-    def _run_whole(self, layer: Layer) -> None:
-        height, width = self.source.shape
-        state = layer.run(self.source.read((0, height), (0, width)), None, None)
-        self.source, self.start = Map(tuple(t.cpu() for t in state), self.device), self.start + 1
-
     def _tiles(self, part: Sequence[Layer]) -> Iterator[tuple[Span, list[Span]]]:
-        """Rows of output tiles of a pass over `part`: (row span, column spans); its finest map gets tiles of `tile`."""
+        """Rows of output tiles of a pass over `part`: (row span, column spans).
+
+        No map of a tile is larger than `tile` pixels, or has more values than one of `tile` pixels has at the picture's
+        own resolution: coarser maps have more channels.
+        """
         shapes = lengths(part, self.source.shape)
         height, width = shapes[-1]
-        side = max(1, self.tile * height // max(rows for rows, _ in shapes))
+        finest = 1.0  # map pixels per output pixel, of an axis
+        for layer, before, after in zip(part, shapes, shapes[1:], strict=False):
+            wide = max(1.0, (layer.channels or self.widest) / self.widest)
+            finest = max(finest, max(before[0], after[0]) / height * math.sqrt(wide))
+        side = max(1, int(self.tile / finest))
         columns = [(x, min(x + side, width)) for x in range(0, width, side)]
         for top in range(0, height, side):
             yield (top, min(top + side, height)), columns
+
+
+def _channels_of_the_finest(layers: Sequence[Layer], shape: tuple[int, int]) -> int:
+    """Channels of the widest map at the picture's own resolution."""
+    shapes = lengths(layers, shape)
+    finest = max(rows for rows, _ in shapes)
+    ends = zip(layers, shapes, shapes[1:], strict=False)
+    return max(1, *(layer.channels for layer, before, after in ends if max(before[0], after[0]) == finest))
 
 
 def _allocate(state: State, shape: tuple[int, int], limit: int | None) -> list[torch.Tensor] | None:
@@ -347,6 +461,104 @@ def _allocate(state: State, shape: tuple[int, int], limit: int | None) -> list[t
     if limit is not None and size > limit:
         return None
     return [torch.empty(1, t.shape[1], *shape, dtype=t.dtype) for t in state]
+
+
+# --- blended tiles ---------------------------------------------------------------------------------------------------
+
+
+class _Synced:
+    """Overlapping tiles of one picture that pass a network together: one GroupNorm for all of them.
+
+    Args:
+        layers: of the network.
+        read: (row slice, column slice) in cells -> a tile's input on the compute device.
+        shape, tile, overlap: of the picture and its tiles in cells (latent pixels).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        read: Callable[[slice, slice], torch.Tensor],
+        shape: tuple[int, int],
+        tile: int,
+        overlap: int,
+    ) -> None:
+        self.layers, self.read = layers, read
+        self.spans = [[(s, s + min(tile, n)) for s in tile_starts(n, tile, overlap)] for n in shape]
+        self.shares = [_shares(spans) for spans in self.spans]
+        self.waiting: dict[tuple[int, int], State] = {}
+        self.device = torch.device("cpu")
+        self.done, self.affine = 0, (None, None)
+        norms = [k for k, layer in enumerate(layers) if layer.norm is not None]
+        for stop in norms:
+            self._pass(stop)
+
+    def finish(self, rows: slice, cols: slice) -> torch.Tensor:
+        """The result of one tile, named by its cells; each may be asked for once."""
+        state = self._run(rows.start, cols.start, len(self.layers))
+        return state[0]
+
+    def _pass(self, stop: int) -> None:
+        """Run every tile up to the norm at layer `stop`, and count its statistics there."""
+        norm = self.layers[stop].norm
+        moments = _Moments(norm.num_groups)
+        for (top, bottom), share in zip(self.spans[0], self.shares[0], strict=True):
+            for (left, _), across in zip(self.spans[1], self.shares[1], strict=True):
+                state = self._run(top, left, stop)
+                each = state[0].shape[-2] / (bottom - top)  # map pixels of a cell
+                own = (slice(round(a * each), round(b * each)) for a, b in (share, across))
+                moments.add(state[0][(..., *own)])
+                self.waiting[top, left] = tuple(t.cpu() for t in state)
+                del state  # it would wait beside the next one
+        self.done, self.affine = stop, moments.affine(norm)
+
+    def _run(self, top: int, left: int, stop: int) -> State:
+        """A tile from where it waits up to layer `stop`."""
+        if self.done == 0 and (top, left) not in self.waiting:
+            rows, cols = (
+                next(s for s in spans if s[0] == at) for spans, at in zip(self.spans, (top, left), strict=True)
+            )
+            state: State = (self.read(slice(*rows), slice(*cols)),)
+            self.device = state[0].device
+        else:
+            state = tuple(t.to(self.device) for t in self.waiting.pop((top, left)))
+        for k in range(self.done, stop):
+            state = self.layers[k].run(state, *(self.affine if k == self.done else (None, None)))
+        return state
+
+
+def _shares(spans: Sequence[Span]) -> list[Span]:
+    """The part of each tile of an axis that counts: up to the middle of an overlap; relative to the tile."""
+    middles = [(a[1] + b[0]) // 2 for a, b in pairwise(spans)]
+    edges = [spans[0][0], *middles, spans[-1][1]]
+    return [(low - start, high - start) for (start, _), (low, high) in zip(spans, pairwise(edges), strict=True)]
+
+
+def _blended(
+    vae: nn.Module,
+    network: str,
+    read: Callable[[slice, slice], torch.Tensor],
+    shape: tuple[int, int],
+    tiling: Tiling,
+) -> Strips:
+    """Strips of the decoder's or encoder's result; `read` gives a tile's input, named in cells."""
+    scale = latent_scale(vae)
+    cells = max(1, tiling.tile // scale)
+    overlap = min(cells - 1, round(cells * tiling.overlap))
+    out_scale = scale if network == "decoder" else 1
+    if tiling.mode == "synced":
+        layers = decoder_layers(vae) if network == "decoder" else encoder_layers(vae)
+        run = _Synced(layers, read, shape, cells, overlap).finish
+    elif network == "decoder":
+
+        def run(rows: slice, cols: slice) -> torch.Tensor:
+            return vae.decode(read(rows, cols), return_dict=False)[0]
+    else:
+
+        def run(rows: slice, cols: slice) -> torch.Tensor:
+            return mode_of(vae.encode(read(rows, cols)))
+
+    return blend_rows(run, shape, cells, overlap, out_scale=out_scale)
 
 
 # --- what pipelines call --------------------------------------------------------------------------------------------
@@ -373,6 +585,7 @@ def decode_strips(
     *,
     tile: int = 512,
     mode: str = "exact",
+    overlap: float = OVERLAP,
     map_bytes: int = DEFAULT_MAP_BYTES,
     device: torch.device | None = None,
 ) -> Strips:
@@ -382,23 +595,23 @@ def decode_strips(
         vae: AutoencoderTiny or AutoencoderKL; any class with decode() in feather mode.
         latents: [1, C, h, w], already divided by the scaling factor.
         tile: side of a tile in pixels of the picture.
-        mode: "exact" or "feather".
+        mode: "exact", "feather" or "synced"; see `gensparse.highres.tiling.Tiling`.
+        overlap: share of a tile that the next one covers too (blended modes).
         map_bytes: largest intermediate map that is kept (exact mode of networks with GroupNorm).
         device: where the autoencoder computes, if its weights lie elsewhere between calls (feather mode only).
     """
-    _check(latents, tile, mode)
+    _check(latents)
+    tiling = Tiling(mode, tile, overlap)
     wake(vae)
     weight = next(vae.parameters())
     device = device or weight.device
     latents = latents.to(weight.dtype)
-    if mode == "feather":
-        scale = latent_scale(vae)
+    if mode != "exact":
 
         def read(rows: slice, cols: slice) -> torch.Tensor:
-            return vae.decode(latents[..., rows, cols].to(device), return_dict=False)[0]
+            return latents[..., rows, cols].to(device)
 
-        cells = max(1, tile // scale)
-        yield from blend_rows(read, latents.shape[-2:], cells, cells // 4, out_scale=scale)
+        yield from _blended(vae, "decoder", read, latents.shape[-2:], tiling)
         return
     yield from _Walk(decoder_layers(vae), Map((latents,), device), tile, map_bytes, device).strips()
 
@@ -410,6 +623,7 @@ def encode_tiles(
     *,
     tile: int = 512,
     mode: str = "exact",
+    overlap: float = OVERLAP,
     map_bytes: int = DEFAULT_MAP_BYTES,
     device: torch.device | None = None,
 ) -> torch.Tensor:
@@ -418,8 +632,9 @@ def encode_tiles(
     Args:
         read: (row span, column span) -> pixels [1, 3, rows, columns] in [-1, 1].
         shape: (height, width) of the picture in pixels.
-        tile, mode, map_bytes, device: as for `decode_strips`.
+        tile, mode, overlap, map_bytes, device: as for `decode_strips`.
     """
+    tiling = Tiling(mode, tile, overlap)
     wake(vae)
     weight = next(vae.parameters())
     device = device or weight.device
@@ -427,16 +642,15 @@ def encode_tiles(
     def load(rows: Span, cols: Span) -> torch.Tensor:
         return read(rows, cols).to(device, weight.dtype)
 
-    scale = latent_scale(vae)
-    if mode == "feather":
-        cells = max(1, tile // scale)
+    if mode != "exact":
+        scale = latent_scale(vae)
 
-        def encoded(rows: slice, cols: slice) -> torch.Tensor:
-            return mode_of(vae.encode(load((rows.start, rows.stop), (cols.start, cols.stop))))
+        def cells(rows: slice, cols: slice) -> torch.Tensor:
+            return load(*((span.start * scale, span.stop * scale) for span in (rows, cols)))
 
         grid = (shape[0] // scale, shape[1] // scale)
-        strips = blend_rows(encoded, grid, cells, cells // 4, in_scale=scale)
-        return torch.cat([strip for _, strip in strips], dim=-2).to(weight.dtype)
+        strips = _blended(vae, "encoder", cells, grid, tiling)
+        return torch.cat([strip for _, strip in strips], dim=-2).to(device, weight.dtype)
     walk = _Walk(encoder_layers(vae), Source(load, shape), tile, map_bytes, device)
     return torch.cat([strip for _, strip in walk.strips()], dim=-2)
 
@@ -447,15 +661,14 @@ def mode_of(encoded: Any) -> torch.Tensor:
 
 
 def latent_scale(vae: nn.Module) -> int:
-    """Pixels per latent pixel, from the config (one halving between every two blocks)."""
+    """Pixels per latent pixel: what the autoencoder says, or one halving between every two blocks of its config."""
+    stated = getattr(vae, "spatial_compression_ratio", None)
+    if isinstance(stated, int):
+        return stated
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _check(latents: torch.Tensor, tile: int, mode: str) -> None:
-    if mode not in ("exact", "feather"):
-        raise ConfigError(f"The VAE tile mode is {mode!r}; choose 'exact' or 'feather'.")
-    if tile < 1:
-        raise ConfigError(f"The VAE tile is {tile} pixels; give at least 64.")
+def _check(latents: torch.Tensor) -> None:
     if latents.ndim != 4 or latents.shape[0] != 1:
         raise ConfigError(
             f"decode_strips takes one sample [1, C, h, w], not {tuple(latents.shape)}; call it per sample."
