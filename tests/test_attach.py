@@ -398,13 +398,18 @@ def test_offload_survives_apply_and_remove(model: Any, inputs: dict[str, Any], o
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_layerwise_casting_survives(model: Any, inputs: dict[str, Any]) -> None:
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    dense = run(model, inputs)
-    handle = gensparse.apply(model, Clear(radius=100), strict=True)
+@pytest.mark.parametrize("first", ["casting", "apply"])
+def test_layerwise_casting_survives(model: Any, inputs: dict[str, Any], first: str) -> None:
+    twin = copy.deepcopy(model)
+    if first == "apply":
+        gensparse.apply(model, Clear(radius=100), strict=True)
+    for one in (model, twin):
+        one.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    dense = run(twin, inputs)
+    handle = gensparse.apply(model, Clear(radius=100), strict=True) if first == "casting" else None
     torch.testing.assert_close(run(model, inputs), dense, atol=1e-5, rtol=0)
-    assert handle.report()["calls"]["sparse"] == 4
-    handle.remove()
+    assert handle is None or handle.report()["calls"]["sparse"] == 4
+    gensparse.remove(model)
     assert torch.equal(run(model, inputs), dense)
 
 

@@ -232,6 +232,14 @@ def test_gradients_of_compiled_blocks_are_those_of_eager_ones() -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_compiled_kernels_give_the_eager_picture() -> None:
+    model, inputs = tiny_denoiser("flux", double_blocks=1, single_blocks=0), tiny_inputs("flux", (1, 8, 6))
+    gensparse.apply(model, SMALL, strict=True)
+    expected = run(model, inputs)
+    gensparse.compile_blocks(model, fullgraph=True)
+    torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=0)
+
+
 def test_threads_on_compiled_blocks_do_not_mix_their_layouts() -> None:
     model, differing = tiny_denoiser("wan"), []
     calls = [tiny_inputs("wan", grid) for grid in ((2, 4, 6), (2, 6, 4))]
