@@ -607,8 +607,18 @@ class Attachment:
         gain, seed = method.logit_gain(own[0], native), getattr(method, "seed", 0)
         strict = self.settings.strict
         more = {"step": at.step, "seed": seed, "masked": masked, "audit": self.settings.audit or 0}
+        if self.family.prompted in layouts and team is None:
+            more["alone"] = self._alone(method, at, layouts[self.family.prompted], key.heads, device)
         shard = None if team else _compat.heads_of(self.model, key.heads)
         return Action(tuple(works), gain=gain, strict=strict, team=team, heads=shard, **more)
+
+    def _alone(self, method: Method, at: At, layout: Any, heads: int, device: torch.device) -> Work | None:
+        """What the sites do over the picture alone; None where that is no pattern of its own keys."""
+        what = method.pattern(layout, at)
+        if not isinstance(what, Pattern):
+            return None
+        work = self._work(what, layout, method.heads(at._replace(layout=layout), heads), device, False, None)
+        return None if work.plan is None or work.plan.sources else work
 
     def _dense(self, reason: str) -> Action:
         if self.settings.strict:

@@ -58,6 +58,8 @@ class Family:
             of the layout query by query; None where it does not.
         product_mask: name of an argument [B, tokens] that the blocks multiply with itself to a mask of all pairs. It is
             taken out of sparse calls, so that no such matrix is made; "" where there is none.
+        prompted: role of the layout of the picture alone, where image prompts call attention a second time, over the
+            picture's keys and their own; "" where they do not.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Family:
     blocks: str = r"(single_)?transformer_blocks\.\d+"
     own_mask: Callable[[Any, Layout], "Pattern | None"] = lambda _model, _layout: None
     product_mask: str = ""
+    prompted: str = ""
 
     def timestep(self, bound: Mapping[str, Any]) -> Any:
         """The time of a call, falling during a run: a number or a tensor.

@@ -94,4 +94,5 @@ FAMILY = Family(
     layout_for=layout_for,
     native_tokens=native_tokens,
     blocks=r"transformer_blocks\.\d+",
+    prompted="image",
 )

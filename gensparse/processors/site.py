@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gensparse.attention import Sources, biased_pools, choose, sparse_attention
 from gensparse.errors import LayoutMismatchError
+from gensparse.kernels.merge import merge_lse
 from gensparse.layout import Layout
 from gensparse.parallel import Team, ulysses
 from gensparse.patterns import TopRegions
@@ -83,6 +84,7 @@ class Action:
         pairs: mask of all pairs that was taken out of the model's call and belongs to calls over all its tokens.
         extra: keys without queries, which calls of these sites have.
         audit: queries per call whose output is compared with that of dense attention.
+        alone: work over the picture alone, for the second call that image prompts make.
         team: processes that divide the tokens of a call, so that each computes some heads.
         heads: those of the model that calls have, under tensor parallelism; None for all.
         record: what the sites keep of the call, also those that otherwise stay dense.
@@ -98,6 +100,7 @@ class Action:
     pairs: ProductMask | None = None
     extra: Extra | None = None
     audit: int = 0
+    alone: Work | None = None
     team: Team | None = None
     heads: slice | None = None
     record: Record | None = None
@@ -194,7 +197,8 @@ class Site:
         if pairs is not None:
             dense = partial(_under, dense, pairs)
         if self.slot is None or not _is_own(action, q, k):
-            return dense()
+            prompted = None if action is None else self._prompted(q, k, v, mask, action, scale)
+            return dense() if prompted is None else prompted
         if action is None or not action.works or (self.pinned is not None and action.record is None):
             self.outcome = self.pinned or (action.reason if action else "called outside the model's forward")
             return dense()
@@ -214,6 +218,21 @@ class Site:
         if action.audit:
             self._audit(out, q, k, v, action, works, bias, scale)
         return out
+
+    def _prompted(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, action: Action, scale: float | None
+    ) -> Tensor | None:
+        """Attention of the picture over itself and an image prompt behind it; None for any other call."""
+        work, tokens = action.alone, q.shape[1]
+        if work is None or self.pinned is not None or mask is not None or not work.tokens == tokens < k.shape[1]:
+            return None
+        assert isinstance(work.plan, Plan), "made of a pattern"
+        scale = _scaled(scale, q.shape[-1], action.gain)
+        own, own_lse = sparse_attention(
+            q, k[:, :tokens], v[:, :tokens], work.plan, scale=scale, groups=work.groups, return_lse=True
+        )
+        prompt, prompt_lse = _over_few(q, k[:, tokens:], v[:, tokens:], scale)
+        return merge_lse(torch.stack([own, prompt]), torch.stack([own_lse, prompt_lse]))[0]
 
     def _shared(
         self,
@@ -373,6 +392,18 @@ class Site:
         if action.strict:
             raise LayoutMismatchError(f"{self.name}: {reason}; pass strict=False to run such calls dense.")
         self.outcome = reason
+
+
+def _over_few(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention over few keys: out [B, S, H, D] in q's dtype, log-sum-exp fp32 [B, S, H]; 8192 queries at a time."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    parts = []
+    for rows in q.split(8192, dim=1):
+        logits = torch.einsum("bqhd,bkhd->bqhk", rows.float() * scale, k.float())
+        lse = logits.logsumexp(-1)
+        parts.append((torch.einsum("bqhk,bkhd->bqhd", (logits - lse[..., None]).exp(), v.float()), lse))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 1)
 
 
 def _works_of(action: Action, q: Tensor) -> tuple[Work, ...] | None:

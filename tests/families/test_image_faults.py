@@ -19,11 +19,14 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
-from families.family_checks import check_report, output, sites_of
+from families.family_checks import _Calls, _inside, check_report, output, sites_of
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 import gensparse
 from gensparse.errors import LayoutMismatchError, UnsupportedProcessorError
+from gensparse.layout import Layout
 from gensparse.methods import SlidingWindow
 from gensparse.testing.tiny import tiny_denoiser, tiny_inputs, tiny_pipeline, with_noise
 from gensparse.testing.tiny.parts import normal, seeded
@@ -238,6 +241,21 @@ def test_image_prompts_work_and_their_loading_and_unloading_stays_sparse(name: s
         assert (both - dense_prompted).abs().max() > 1e-3
 
 
+class _PromptedWindow(_Calls):
+    """The window as a dense mask on both calls of a joint block: with text, and of the picture with its prompt."""
+
+    def attend(self, module: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kw: Any) -> Any:
+        tokens, extra = GRID[0] * GRID[1], key.shape[-2] - query.shape[-2]
+        layout = Layout.image(*GRID, text=query.shape[-2] - tokens, text_first=False)
+        mask = torch.from_numpy(SMALL.pattern(layout).dense_mask(layout)[0])
+        return scaled_dot_product_attention(query, key, value, F.pad(mask, (0, extra), value=True), **kw)
+
+
+def windowed(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    with _inside(model, list(sites_of(model)), _PromptedWindow()):
+        return output(model, inputs)
+
+
 @pytest.mark.parametrize("first", ["adapter", "apply"])
 def test_image_prompts_of_stable_diffusion_3_work(first: str) -> None:
     model, draw = fresh("sd3"), normal(5)
@@ -256,9 +274,14 @@ def test_image_prompts_of_stable_diffusion_3_work(first: str) -> None:
     assert (output(model, inputs_of("sd3")) - dense).abs().max() > 1e-3
     if first == "adapter":
         load()
-    with gensparse.applied(model, WHOLE, strict=True) as handle:
+    with gensparse.applied(model, SMALL, strict=True) as handle:
         if first == "apply":
             load()
+        small = output(model, inputs)
+        check_report(handle.report(), 2)
+    close(small, windowed(model, inputs))
+    assert (small - dense).abs().max() > 1e-3
+    with gensparse.applied(model, WHOLE, strict=True) as handle:
         close(output(model, inputs), dense)
         check_report(handle.report(), 2)
     with gensparse.applied(model, SMALL, strict=True):
