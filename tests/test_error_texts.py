@@ -55,7 +55,7 @@ def test_an_unsupported_processor_names_model_module_class_and_remedy(sd: nn.Mod
     model = copy.deepcopy(sd)
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
     model.get_submodule(name).set_processor(AttnProcessor())
-    words = ("UNet2DConditionModel", name, "AttnProcessor", "2_0", "switch")
+    words = ("UNet2DConditionModel", name, "AttnProcessor", "AttnProcessor2_0", "set a processor")
     message(UnsupportedProcessorError, lambda: gensparse.apply(model, "clear"), *words)
     assert not any(hasattr(module, "_gensparse_site") for module in model.modules()), "half applied"
 

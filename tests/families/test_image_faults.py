@@ -141,7 +141,7 @@ def test_attention_slicing_is_refused_with_the_reason(name: str) -> None:
     handle = gensparse.apply(model, SMALL)
     sparse = output(model, inputs)
     model.set_attention_slice("auto")
-    with pytest.raises(UnsupportedProcessorError, match=r"SlicedAttnProcessor .* turning attention slicing off"):
+    with pytest.raises(UnsupportedProcessorError, match=r"SlicedAttnProcessor .* disable_attention_slicing"):
         output(model, inputs)
     model.set_attention_slice(None)
     assert torch.equal(output(model, inputs), sparse)
