@@ -18,10 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
+    """Attention of torch that makes its result and nothing else, as a fused kernel."""
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is functional.scaled_dot_product_attention:
-            query, _, value = args[:3]
+            query, _, value = [*args, *((kwargs or {}).get(name) for name in ("query", "key", "value")[len(args) :])][
+                :3
+            ]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return function(*args, **(kwargs or {}))
 
@@ -29,7 +33,7 @@ class _FusedAttention(TorchFunctionMode):
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Tensors made inside have shapes, devices and dtypes, but no memory; "cuda" is there on every machine."""
-    with FakeTensorMode(), _FusedAttention():
+    with FakeTensorMode(), FusedAttention():
         yield
 
 
