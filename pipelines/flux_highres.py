@@ -4,12 +4,10 @@ Bu et al., "HiFlow: training-free high-resolution image generation with flow-ali
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import is_torch_xla_available, replace_example_docstring
-from diffusers.utils.torch_utils import get_module_execution_device, is_compiled_module
+from diffusers.utils.torch_utils import is_compiled_module
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -36,23 +34,27 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from gensparse.attach import applied
-from gensparse.errors import ConfigError, NumericsError
+from gensparse.errors import ConfigError
 from gensparse.families.flux import native_tokens
-from gensparse.highres import resample, vae_tiles
-from gensparse.highres.frequency import Motion, guided_velocity
 from gensparse.highres.rope import RULES, PositionTable, proportional_scale
 from gensparse.highres.shift import shift_mu
-from gensparse.highres.stages import (
-    CascadeSettings,
-    Stage,
-    StageResult,
-    StageStore,
-    check_size,
-    plan_stages,
-    steps_within,
+from gensparse.highres.stages import CascadeSettings, Stage, StageResult, StageStore, plan_stages
+from gensparse.methods import Method
+from gensparse.pipelines.cascade import (
+    DENSE_BELOW,
+    Guide,
+    Lead,
+    Stages,
+    as_picture,
+    as_tuples,
+    check_options,
+    check_stages,
+    choose_attention,
+    last_finished,
+    read_config_file,
+    stages_from,
+    steps_to_keep,
 )
-from gensparse.methods import Method, as_method
 
 if is_torch_xla_available():
     import torch_xla.core.xla_model as xm
@@ -74,12 +76,7 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-CONFIG_FILE = "gensparse.json"
 PATCH = 2  # latent pixels per token and axis
-UNTILED_AREA = 1024 * 1024  # pixels up to which vae_tile="auto" decodes in one piece
-AUTO_TILE, AUTO_TILE_CPU = 1024, 256  # small tiles stay in a CPU's cache
-FEATHER_TILE = 1024
-DENSE_BELOW = 8192  # tokens up to which attention="auto" stays dense, unless the model's config says otherwise
 PROPORTIONAL = ("ntk10", "imax_clip")  # position rules published together with proportional attention
 
 
@@ -122,23 +119,7 @@ class Run:
         return self.negative is not None and (self.guidance_stages == "all" or index in self.guidance_stages)
 
 
-@dataclass(frozen=True)
-class Guide:
-    """The smaller picture that leads a stage: its clean estimates by step, and its encoded enlargement otherwise."""
-
-    encoded: torch.Tensor
-    history: dict[int, torch.Tensor]
-
-    def reference(self, step: int) -> torch.Tensor:
-        """x0_ref at `step`, float32 at the stage's own size."""
-        x0 = self.history.get(step)
-        if x0 is None:
-            return self.encoded
-        x0 = x0.to(self.encoded.device, torch.float32)
-        return F.interpolate(x0, size=self.encoded.shape[-2:], mode="bicubic", align_corners=False)
-
-
-class FluxHighresPipeline(FluxPipeline):
+class FluxHighresPipeline(Stages, FluxPipeline):
     r"""
     Text to image and image to larger image for FLUX.1-type models, at any size.
 
@@ -178,10 +159,7 @@ class FluxHighresPipeline(FluxPipeline):
             feature_extractor=feature_extractor,
         )
         self.register_to_config(gensparse_config=gensparse_config)
-        self.attention_report: list[dict[str, Any]] = []
-        self._stage = 0
-        self._num_stages = 1
-        self._decoded: tuple[StageResult, torch.Tensor] | None = None
+        self._init_stages()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -223,18 +201,9 @@ class FluxHighresPipeline(FluxPipeline):
         """Pixels per side at which the model was trained."""
         return self.native_side * self.token_size
 
-    @property
-    def stage(self) -> int:
-        """Number of the stage that runs, 0 = native."""
-        return self._stage
-
-    @property
-    def num_stages(self) -> int:
-        return self._num_stages
-
     def plan(self, height: int | None = None, width: int | None = None, steps: int | None = None) -> list[Stage]:
         """The stages a call with these arguments runs."""
-        settings = CascadeSettings(**_tuples({"patch_shift": not self._interpolates, **self._cascade_config}))
+        settings = CascadeSettings(**as_tuples({"patch_shift": not self._interpolates, **self._cascade_config}))
         return plan_stages(
             height or self.native_size,
             width or self.native_size,
@@ -316,8 +285,9 @@ class FluxHighresPipeline(FluxPipeline):
                 is patent pending according to its authors.
             guidance_stages (`Sequence[int]` or `"all"`, defaults to `(0,)`):
                 Stages in which `true_cfg_scale` applies; each doubles the cost of its stage.
-            vae_tile (`int`, `"auto"`, `"feather"` or `None`):
-                Pixels of exact tiles; "auto" tiles above one megapixel, "feather" blends, `None` never tiles.
+            vae_tile (`int`, `str` or `None`):
+                Pixels of exact tiles; "auto" tiles above one megapixel, "feather:512" blends tiles, "synced:512" blends
+                them with one GroupNorm for all, `None` never tiles.
             stage_store (`StageStore`, *optional*):
                 Keeps finished stages; those it holds are not computed again.
             callback_on_stage_end (`Callable`, *optional*):
@@ -333,7 +303,7 @@ class FluxHighresPipeline(FluxPipeline):
         given, picture = stages, None
         stages = list(given or self.plan(height, width, len(sigmas) if sigmas is not None else num_inference_steps))
         native, target = stages[0], stages[-1]
-        _check_stages(stages, len(sigmas) if sigmas is not None else native.steps, self.token_size)
+        check_stages(stages, len(sigmas) if sigmas is not None else native.steps, self.token_size)
         self.check_inputs(
             prompt,
             prompt_2,
@@ -348,7 +318,8 @@ class FluxHighresPipeline(FluxPipeline):
             callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
             max_sequence_length=max_sequence_length,
         )
-        _check_options(position, strength, image, guidance_stages, vae_tile, output_type)
+        check_options(strength, image, vae_tile, output_type)
+        _check_own_options(position, guidance_stages)
         choose_attention(attention, 0, automatic="dense")  # a wrong method is refused before the first step
         self._guidance_scale, self._joint_attention_kwargs = guidance_scale, dict(joint_attention_kwargs or {})
         self._current_timestep, self._interrupt, self._decoded = None, False, None
@@ -383,22 +354,23 @@ class FluxHighresPipeline(FluxPipeline):
             on_step_inputs=callback_on_step_end_tensor_inputs,
         )
         if image is not None:
-            picture = _as_picture(image, batch)
-            stages = _stages_from(picture, stages, strength, run.sigmas, planned=given is None)
+            picture = as_picture(image, batch)
+            stages = stages_from(picture, stages, strength, run.sigmas, planned=given is None)
         self._num_stages = len(stages)
 
-        result = None if stage_store is None else _last_finished(stage_store, stages, run.sigmas)
+        needed = [steps_to_keep(stages, k, run.steps, native_draft=False) for k in range(len(stages))]
+        result = None if stage_store is None else last_finished(stage_store, stages, run.sigmas, needed)
         done = -1 if result is None else result.index
         for k, stage in enumerate(stages):
             noise = self._noise(stage, run, generator, latents if k == 0 and image is None else None)
             if k <= done:
                 continue
             self._stage = k
-            keep = _steps_to_keep(stages, k, run.steps, native_draft=picture is None)
+            keep = steps_to_keep(stages, k, run.steps, native_draft=picture is None)
             if k == 0 and picture is None:
                 packed, history = self._denoise_native(stage, noise, keep, run)
             else:
-                guide = self._enlarge(result if k > 0 else picture, stage, run)
+                guide = self._enlarge(result if k > 0 else picture, stage, vae_tile, device)
                 self._decoded = None
                 packed, history = self._denoise_guided(k, stage, noise, guide, keep, run)
             result = StageResult(k, stage.height, stage.width, run.sigmas, packed.cpu(), history)
@@ -452,7 +424,7 @@ class FluxHighresPipeline(FluxPipeline):
             if stage.steps
             else guide.encoded
         )
-        motion: Motion | None = None
+        lead = Lead(stage, guide)
         self._num_timesteps = stage.steps
         with self._stage_model(index, stage, run) as call, self._progress(stage, stage.steps) as bar:
             for i in range(stage.steps):
@@ -464,14 +436,7 @@ class FluxHighresPipeline(FluxPipeline):
                 velocity = call(z, t, i)
                 if step in keep:
                     history[step] = (z - sigma * velocity).cpu()
-                fade = (stage.steps - i) / stage.steps
-                alpha, beta = stage.alpha * fade, stage.beta * fade
-                if alpha > 0 or beta > 0:
-                    x0_ref = guide.reference(step)
-                    velocity, v_ref = guided_velocity(
-                        z, velocity, x0_ref, sigma, alpha, beta, motion, stage.low_pass, stage.ratio
-                    )
-                    motion = (velocity, v_ref) if stage.beta > 0 else None
+                velocity = lead(z, velocity, sigma, i, step)
                 z = z + (sigma_next - sigma) * velocity
                 z = self._end_step(index, i, t, z, run, stage)
                 bar.update()
@@ -481,11 +446,7 @@ class FluxHighresPipeline(FluxPipeline):
         self, index: int, i: int, t: torch.Tensor, latents: torch.Tensor, run: Run, stage: Stage | None = None
     ):
         """Check the numbers and run the step callback, which sees packed latents."""
-        if not torch.isfinite(latents).all():
-            raise NumericsError(
-                f"Stage {index}, step {i} (timestep {float(t):.1f}): the latents hold NaN or infinity; "
-                f"use bfloat16 or float32 in place of {self.transformer.dtype}, or another attention method."
-            )
+        self._check_numbers(index, i, t, latents, self.transformer)
         if run.on_step is not None:
             packed = latents if stage is None else self._pack(latents)
             values = {"latents": packed, "prompt_embeds": run.positive.embeds}
@@ -545,7 +506,10 @@ class FluxHighresPipeline(FluxPipeline):
         ids = {pad: self._image_ids(stage, run, pad) for pad in shifts}
         dtype = run.positive.embeds.dtype
 
-        with self._sparse(method, run) as handle, _positions_of(self.transformer) as install:
+        with (
+            self._sparse(method, run.dense_steps, run.dense_layers) as handle,
+            _positions_of(self.transformer) as install,
+        ):
 
             def call(z: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
                 pad = shifts[i % len(shifts)]
@@ -558,16 +522,6 @@ class FluxHighresPipeline(FluxPipeline):
 
             yield call
             self._report(index, stage, method, handle)
-
-    def _sparse(self, method: Method | None, run: Run) -> AbstractContextManager:
-        if method is None:
-            return nullcontext()
-        return applied(self, method, dense_steps=run.dense_steps, dense_layers=run.dense_layers)
-
-    def _report(self, index: int, stage: Stage, method: Method | None = None, handle: Any = None) -> None:
-        facts = {"stage": index, "height": stage.height, "width": stage.width}
-        facts["method"] = "dense" if method is None else method.to_dict()
-        self.attention_report.append({**facts, **(handle.report() if handle is not None else {})})
 
     def _position_rule(self, position: str) -> str:
         if position != "auto":
@@ -607,98 +561,14 @@ class FluxHighresPipeline(FluxPipeline):
             run.attention, rows * cols, automatic=automatic, dense_below=facts.get("dense_below_tokens", DENSE_BELOW)
         )
 
-    # --- enlarging
-
-    def _enlarge(self, smaller: StageResult | torch.Tensor, stage: Stage, run: Run) -> Guide:
-        """Decode, enlarge and sharpen, encode again: the start of a stage, and its reference where no estimate is."""
-        size = (stage.height, stage.width)
-        if isinstance(smaller, StageResult):
-            picture, history = self._decode_result(smaller, run.vae_tile), dict(smaller.history)
-        else:
-            picture, history = smaller, {}
-        if picture.shape[-2] * picture.shape[-1] > stage.height * stage.width:
-            picture = resample.resize(picture, size)
-        amount = stage.sharpen if tuple(picture.shape[-2:]) != size else 0.0
-        encoded = torch.cat([self._encode(sample, size, amount, run) for sample in picture.split(1)])
-        return Guide(encoded.to(run.device, torch.float32), history)
-
-    def _encode(self, picture: torch.Tensor, size: tuple[int, int], amount: float, run: Run) -> torch.Tensor:
-        """Scaled latents [1, C, h, w] of a picture enlarged to `size` on the way."""
-
-        def read(rows: tuple[int, int], cols: tuple[int, int]) -> torch.Tensor:
-            return resample.enlarge_sharpened(picture, size, (*rows, *cols), amount)
-
-        tile, mode = self._tiling(size, run.vae_tile)
-        if tile is None:
-            pixels = read((0, size[0]), (0, size[1])).to(run.device, self.vae.dtype)
-            latents = vae_tiles.mode_of(self.vae.encode(pixels))
-        else:
-            device = get_module_execution_device(self.vae)
-            latents = vae_tiles.encode_tiles(self.vae, read, size, tile=tile, mode=mode, device=device)
-        return (latents.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
-
-    def _decode_result(self, result: StageResult, vae_tile: int | str | None) -> torch.Tensor:
-        """The stage's pictures [B, 3, H, W] in [-1, 1], float32 on the CPU; kept until the next stage is done."""
-        if not self._is_decoded(result):
-            picture = torch.empty(result.latents.shape[0], 3, result.height, result.width)
-            for k, sample in enumerate(picture):
-                vae_tiles.fill(self._strips(result, k, vae_tile), sample[None])
-            self._decoded = (result, picture.clamp_(-1, 1))
-        return self._decoded[1]
-
-    def _is_decoded(self, result: StageResult) -> bool:
-        return self._decoded is not None and self._decoded[0] is result
-
-    def preview(self, result: StageResult, max_side: int = 512) -> list[Image.Image]:
-        """The pictures of a finished stage, at most `max_side` pixels wide and high."""
-        picture = self._decode_result(result, "auto")
-        shrink = min(1.0, max_side / max(result.height, result.width))
-        size = (max(1, round(result.height * shrink)), max(1, round(result.width * shrink)))
-        return self.image_processor.postprocess(F.interpolate(picture, size=size, mode="area"), output_type="pil")
-
     # --- the autoencoder
-
-    def _tiling(self, size: tuple[int, int], vae_tile: int | str | None) -> tuple[int | None, str]:
-        """(tile in pixels or None for one piece, mode)."""
-        if vae_tile is None or (vae_tile == "auto" and size[0] * size[1] <= UNTILED_AREA):
-            return None, "exact"
-        # exact tiles run the network's layers one by one, so their weights must be in place between two calls
-        vae_tiles.wake(self.vae)
-        device = get_module_execution_device(self.vae)
-        in_place = next(self.vae.parameters()).device.type == device.type
-        if vae_tile == "feather" or (vae_tile == "auto" and not (in_place and vae_tiles.supports_exact(self.vae))):
-            return FEATHER_TILE, "feather"
-        if not in_place:
-            raise ConfigError(
-                f"vae_tile={vae_tile} asks for exact tiles, but the autoencoder is offloaded piece by piece; "
-                "leave the VAE out of the offloading, or use vae_tile='feather'."
-            )
-        return (AUTO_TILE_CPU if device.type == "cpu" else AUTO_TILE) if vae_tile == "auto" else int(vae_tile), "exact"
 
     def _raw_latents(self, result: StageResult) -> torch.Tensor:
         latents = self._unpack_latents(result.latents, result.height, result.width, self.vae_scale_factor)
         return (latents / self.vae.config.scaling_factor) + (self.vae.config.shift_factor or 0.0)
 
-    def _strips(self, result: StageResult, sample: int, vae_tile: int | str | None) -> vae_tiles.Strips:
-        tile, mode = self._tiling((result.height, result.width), vae_tile)
-        raw = self._raw_latents(result)[sample : sample + 1]
-        if tile is None:
-            raw = raw.to(get_module_execution_device(self.vae))
-            return iter([(0, self.vae.decode(raw, return_dict=False)[0])])
-        device = get_module_execution_device(self.vae)
-        return vae_tiles.decode_strips(self.vae, raw, tile=tile, mode=mode, device=device)
-
-    def _pictures(self, result: StageResult, output_type: str, vae_tile: int | str | None) -> Any:
-        """Decode the final stage; a tiled picture exists once, as bytes for "pil" and as float32 otherwise."""
-        if self._tiling((result.height, result.width), vae_tile)[0] is None:
-            raw = self._raw_latents(result).to(get_module_execution_device(self.vae))
-            return self.image_processor.postprocess(self.vae.decode(raw, return_dict=False)[0], output_type=output_type)
-        count, size = result.latents.shape[0], (result.height, result.width)
-        if output_type == "pil" and not self._is_decoded(result):
-            strips = (self._strips(result, k, vae_tile) for k in range(count))
-            buffers = (torch.empty(*size, 3, dtype=torch.uint8) for _ in range(count))
-            return [Image.fromarray(vae_tiles.fill_bytes(s, b).numpy()) for s, b in zip(strips, buffers, strict=True)]
-        return self.image_processor.postprocess(self._decode_result(result, vae_tile), output_type=output_type)
+    def _model_latents(self, raw: torch.Tensor) -> torch.Tensor:
+        return (raw.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     # --- preparation
 
@@ -772,12 +642,6 @@ class FluxHighresPipeline(FluxPipeline):
         )
         return noise
 
-    def _progress(self, stage: Stage, total: int):
-        bar = self.progress_bar(total=total)
-        if self._num_stages > 1:
-            bar.set_description(f"stage {self._stage + 1}/{self._num_stages} {stage.width}x{stage.height}")
-        return bar
-
     # --- shapes
 
     def _grid(self, stage: Stage) -> tuple[int, int]:
@@ -798,33 +662,6 @@ class FluxHighresPipeline(FluxPipeline):
 # --- pure helpers ---------------------------------------------------------------------------------------------------
 
 
-def read_config_file(folder: Any) -> dict[str, Any] | None:
-    """`gensparse.json` of a local model folder, or None."""
-    path = Path(folder) / CONFIG_FILE if isinstance(folder, str | Path) and Path(folder).is_dir() else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{CONFIG_FILE} of the model is no JSON ({error}); restore the file.") from error
-    if not isinstance(facts, dict):
-        raise ConfigError(f"{CONFIG_FILE} of the model holds a {type(facts).__name__}; it must be one JSON object.")
-    return facts
-
-
-def choose_attention(
-    attention: Method | str | Mapping[str, Any], tokens: int, *, automatic: str, dense_below: int = DENSE_BELOW
-) -> Method | None:
-    """The method for a stage of `tokens` image tokens; None means dense. Only "auto" may choose dense by size.
-
-    Raises:
-        ConfigError: an unknown method or setting.
-    """
-    if attention == "auto":
-        attention = automatic if tokens > dense_below else "dense"
-    return None if attention == "dense" else as_method(attention)
-
-
 @contextmanager
 def _positions_of(transformer: torch.nn.Module) -> Iterator[Callable[[torch.nn.Module], None]]:
     """Gives a function that swaps the position embedding; the model's own comes back at the end."""
@@ -836,81 +673,8 @@ def _positions_of(transformer: torch.nn.Module) -> Iterator[Callable[[torch.nn.M
         model.pos_embed = own
 
 
-def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
-
-def _steps_to_keep(stages: Sequence[Stage], k: int, steps: int, *, native_draft: bool) -> range:
-    """Steps whose estimates stage k must leave behind: the next stage's; all, for a native picture on its own."""
-    if k + 1 < len(stages):
-        return range(steps - stages[k + 1].steps, steps)
-    return range(steps) if k == 0 and native_draft else range(0)
-
-
-def _last_finished(store: StageStore, stages: Sequence[Stage], sigmas: Sequence[float]) -> StageResult | None:
-    """The latest stage that the store holds in a form the next stage can use."""
-    for k in reversed(range(len(stages))):
-        result = store.load(k)
-        if result is not None and result.serves(
-            stages[k], sigmas, _steps_to_keep(stages, k, len(sigmas) - 1, native_draft=False)
-        ):
-            return result
-    return None
-
-
-def _as_picture(image: Any, batch: int) -> torch.Tensor:
-    """Any accepted image as float32 [batch, 3, H, W] in [-1, 1]."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.array(image)).movedim(-1, -3)  # a copy: PIL's own bytes are read-only
-        image = image.float() / 255 if image.dtype == torch.uint8 else image
-    image = image.float().cpu()
-    image = image[None] if image.ndim == 3 else image
-    if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] not in (1, batch) or min(image.shape) < 1:
-        raise ConfigError(
-            f"The image has the shape {tuple(image.shape)}; give an RGB picture, or {batch} pictures as [B, 3, H, W]."
-        )
-    if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise ConfigError("The image has values outside 0..1; give bytes, or floats from 0 (black) to 1 (white).")
-    return image.expand(batch, -1, -1, -1).mul(2).sub_(1)
-
-
-def _stages_from(
-    picture: torch.Tensor, stages: Sequence[Stage], strength: float | None, sigmas: Sequence[float], *, planned: bool
-) -> list[Stage]:
-    """The stages a given picture still needs: those larger than it, or the last; none redoes more than `strength`."""
-    height, width = picture.shape[-2:]
-    todo = list(stages[1:]) or [replace(stages[0], steps=max(1, round(len(sigmas[:-1]) * 16 / 30)))]
-    if planned:
-        todo = [stage for stage in todo[:-1] if stage.height * stage.width > height * width] + todo[-1:]
-    if strength is None:
-        return todo
-    within = steps_within(sigmas, strength)
-    first = replace(todo[0], steps=within)
-    return [first, *(replace(stage, steps=min(stage.steps, within)) for stage in todo[1:])]
-
-
-def _check_stages(stages: Sequence[Stage], steps: int, multiple: int) -> None:
-    for stage in stages:
-        check_size(stage.height, stage.width, multiple)
-        if stage.steps > steps:
-            raise ConfigError(
-                f"The stage {stage.width}x{stage.height} asks for {stage.steps} steps, but the native stage has only "
-                f"{steps}; larger stages run the last part of its sigma list."
-            )
-
-
-def _check_options(position: str, strength, image, guidance_stages, vae_tile, output_type) -> None:
+def _check_own_options(position: str, guidance_stages: Sequence[int] | str) -> None:
     if position != "auto" and position not in RULES:
         raise ConfigError(f"The position rule is {position!r}; choose 'auto' or one of {', '.join(RULES)}.")
-    if strength is not None and image is None:
-        raise ConfigError(f"strength={strength} is given without an image; pass image=, or leave strength out.")
     if isinstance(guidance_stages, str) and guidance_stages != "all":
         raise ConfigError(f"guidance_stages is {guidance_stages!r}; give stage numbers or 'all'.")
-    if isinstance(vae_tile, str) and vae_tile not in ("auto", "feather"):
-        raise ConfigError(f"vae_tile is {vae_tile!r}; give pixels, 'auto', 'feather' or None.")
-    if isinstance(vae_tile, int) and vae_tile < 64:
-        raise ConfigError(f"vae_tile is {vae_tile} pixels; give at least 64.")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ConfigError(f"output_type is {output_type!r}; choose 'pil', 'np', 'pt' or 'latent'.")
