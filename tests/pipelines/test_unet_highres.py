@@ -147,8 +147,9 @@ def test_callbacks_of_diffusers_see_what_they_know(sdxl):
 
 
 @pytest.mark.parametrize("way", LARGER)
-@pytest.mark.parametrize("size", [(88, 56), (24, 72)])
-def test_any_size_comes_out(pipe, way, size):
+@pytest.mark.parametrize(("family", "size"), [("sdxl", (88, 56)), ("sd15", (24, 72))])
+def test_any_size_comes_out(family, way, size):
+    pipe = highres(tiny_pipeline(family))
     chosen = RECTIFIED if way == "rectifiedhr" else way
     before = state_of(pipe)
     images = pipe(**call(height=size[0], width=size[1], num_inference_steps=3, highres=chosen)).images
@@ -206,8 +207,9 @@ def img2img(stock, image, strength, steps, seed, size):
     return reference(prompt="a cat", guidance_scale=5.0, **more).images
 
 
-@pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    ("strength", "scheduler"), [(0.5, DDIMScheduler), (0.8, EulerDiscreteScheduler), (1.0, DDIMScheduler)]
+)
 def test_without_guidance_a_picture_is_plain_img2img_from_the_same_noise(stock, strength, scheduler):
     given = with_scheduler(stock, scheduler)
     size, image = (64, 48), image_of(64, 48)
@@ -296,7 +298,7 @@ def test_freescale_dilates_in_its_part_of_the_run_and_leaves_freeu_to_the_native
         seen.append((p.stage, getattr(p.unet.up_blocks[0], "b1", None)))
         return values
 
-    pipe(**call(height=64, width=64, highres="freescale", callback_on_step_end=look))
+    pipe(**call(height=48, width=48, num_inference_steps=2, highres="freescale", callback_on_step_end=look))
     assert {b1 for stage, b1 in seen if stage == 0} == {1.1}
     assert {b1 for stage, b1 in seen if stage == 1} == {None}
 
@@ -304,15 +306,16 @@ def test_freescale_dilates_in_its_part_of_the_run_and_leaves_freeu_to_the_native
 @pytest.mark.parametrize("attention", ["fast", "neighborhood:window=5x5"])
 def test_freescale_attends_over_the_whole_map_as_told(sdxl, attention):
     pipe = highres(sdxl)
-    dense = pipe(**call(height=64, width=64, highres="freescale")).images
-    images = pipe(**call(height=64, width=64, highres="freescale", attention=attention)).images
+    more = {"height": 48, "width": 48, "num_inference_steps": 2, "highres": "freescale"}
+    dense = pipe(**call(**more)).images
+    images = pipe(**call(**more, attention=attention)).images
     assert pipe.attention_report[1]["method"]["whole"].startswith(attention)
     assert not torch.equal(images, dense)
 
 
 def test_ways_take_settings(sdxl):
     pipe = highres(sdxl)
-    size = {"height": 48, "width": 48, "num_inference_steps": 2}
+    size = {"height": 48, "width": 40, "num_inference_steps": 2}
     plain = pipe(**call(**size, highres="freescale")).images
     own = FreeScaleCascade(cosine_scale=1.0, freeu=None, method=FreeScale(jitter=False))
     assert not torch.equal(pipe(**call(**size, highres=own)).images, plain)
@@ -407,8 +410,7 @@ def test_after_a_switch_the_latents_are_the_noised_estimate(sdxl):
 # --- resume, interrupt, errors
 
 
-@pytest.mark.parametrize("way", LARGER)
-@pytest.mark.parametrize("ancestral", [False, True])
+@pytest.mark.parametrize(("way", "ancestral"), [*((way, False) for way in LARGER), ("cascade", True)])
 def test_resumed_run_gives_the_same_bits(sdxl, way, ancestral, tmp_path):
     stock = with_scheduler(sdxl, EulerAncestralDiscreteScheduler) if ancestral else sdxl
     pipe, size = highres(stock), {"height": 72, "width": 48, "num_inference_steps": 2, "highres": way}
@@ -429,7 +431,7 @@ def test_resumed_run_gives_the_same_bits(sdxl, way, ancestral, tmp_path):
 @pytest.mark.parametrize("way", LARGER)
 def test_an_interrupted_run_leaves_no_state(sdxl, way):
     pipe, size = highres(sdxl), {"height": 48, "width": 56, "highres": RECTIFIED if way == "rectifiedhr" else way}
-    size["num_inference_steps"] = 2 if way == "demofusion" else 4
+    size["num_inference_steps"] = 4 if way == "rectifiedhr" else 3
     before, fresh, store = state_of(pipe), pipe(**call(**size)).images, MemoryStore()
 
     def stop(p, i, t, values):
@@ -450,7 +452,6 @@ def test_an_interrupted_run_leaves_no_state(sdxl, way):
     with pytest.raises(RuntimeError, match="stop here"):
         pipe(**call(**size, callback_on_step_end=fail))
     assert state_of(pipe) == before
-    assert torch.equal(pipe(**call(**size)).images, fresh)
 
 
 def test_nan_is_an_error_that_names_stage_and_step(sdxl):
@@ -548,12 +549,13 @@ def test_wrong_settings_are_refused_before_the_first_step(pipe, wrong, match, mo
 # --- the autoencoder, loading and sharing
 
 
-def test_tiles_do_not_change_the_picture(pipe):
-    more = {"height": 96, "width": 80, "attention": "dense", "num_inference_steps": 2}
+def test_tiles_do_not_change_the_picture(sdxl):
+    pipe = highres(sdxl)
+    more = {"height": 88, "width": 72, "attention": "dense", "num_inference_steps": 1}
     whole = pipe(**call(**more, vae_tile=None)).images
     torch.testing.assert_close(pipe(**call(**more, vae_tile=64)).images, whole, rtol=0, atol=1e-3)
     pictures = pipe(**call(**more, vae_tile=64, output_type="pil")).images
-    levels = torch.from_numpy(np.asarray(pictures[0])).movedim(-1, 0).float() / 255
+    levels = torch.from_numpy(np.array(pictures[0])).movedim(-1, 0).float() / 255
     torch.testing.assert_close(levels[None], whole, rtol=0, atol=1 / 255 + 1e-3)
 
 
@@ -602,7 +604,7 @@ def test_loading_saving_and_sharing(stock, tmp_path):
 
 
 def test_batch_equals_single_pictures(sdxl):
-    pipe, more = highres(sdxl), {"height": 64, "width": 48, "num_inference_steps": 3, "attention": "dense"}
+    pipe, more = highres(sdxl), {"height": 64, "width": 48, "num_inference_steps": 2, "attention": "dense"}
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     for way in ("cascade", DemoFusion(jitter=False)):
         both = pipe(**call(**{**more, "prompt": ["a cat", "dogs"], "generator": generators, "highres": way})).images
