@@ -58,6 +58,8 @@ def parse_tiling(text: int | str | None) -> Tiling | str | None:
         return "auto"
     if isinstance(text, int):
         return _asked(Tiling(tile=text))
+    if not isinstance(text, str):
+        raise ConfigError(f"VAE tiles are {short(text)}; give {FORMS}.")
     match = re.fullmatch(r"(?:(feather|synced)(?::(\d{1,5}))?(?::(0?\.\d{1,4}|0))?|(\d{1,5}))", text)
     if match is None:
         raise ConfigError(f"VAE tiles are {short(text)}; give {FORMS}.")
