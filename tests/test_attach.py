@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from peft import LoraConfig
@@ -496,7 +496,9 @@ def test_attention_backend_chosen_later_stays_sparse(model: Any, inputs: dict[st
         assert all(p._attention_backend is not None for p in model.attn_processors.values())
     finally:
         model.reset_attention_backend()
-        _AttentionBackendRegistry.set_active_backend("native")  # of the process, which the reset leaves
+        _AttentionBackendRegistry.set_active_backend(
+            AttentionBackendName.NATIVE
+        )  # of the process, which the reset leaves
 
 
 def test_exchanged_processors_are_made_sparse_again_with_one_warning(

@@ -176,7 +176,12 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 @pytest.fixture
 def reset_backend() -> Iterator[None]:
     yield
-    attention_dispatch._AttentionBackendRegistry.set_active_backend("native")
+    set_native()
+
+
+def set_native() -> None:
+    native = attention_dispatch.AttentionBackendName.NATIVE
+    attention_dispatch._AttentionBackendRegistry.set_active_backend(native)
 
 
 @pytest.mark.parametrize("chosen", ["before apply", "after apply"])
@@ -196,7 +201,7 @@ def test_the_backend_a_user_chose_computes_the_dense_sites(
     assert len(calls) == 2
     assert handle.report()["sparse"] == 2
     model.reset_attention_backend()
-    attention_dispatch._AttentionBackendRegistry.set_active_backend("native")  # which the reset leaves as it was set
+    set_native()  # of the process, which the reset leaves
     torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=0)
     assert len(calls) == 2
     with attention_dispatch.attention_backend("_native_math"):  # of the whole process

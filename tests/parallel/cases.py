@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,7 @@ def joined(rank: int, store: str):
     count = torch.accelerator.device_count
     torch.accelerator.device_count = lambda: 2  # diffusers divides by it, and a CPU has none
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=30)
     )
     try:
         yield
@@ -242,6 +243,6 @@ def there_and_back(rank: int) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = run_all(1, sys.argv[1])
-    with open(sys.argv[2], "w") as file:
-        json.dump(results, file)
+    store, file = (Path(name) for name in sys.argv[1:])
+    file.with_suffix(".ready").touch()
+    file.write_text(json.dumps(run_all(1, str(store))))

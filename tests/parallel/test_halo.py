@@ -50,7 +50,7 @@ def played(x: torch.Tensor, strips: halo.Strips) -> dict[str, torch.Tensor]:
     return {name: part.flatten(1, 3) for name, part in parts.items() if part.shape[2]}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [3])
 @pytest.mark.parametrize(("pattern", "layout"), CASES, ids=lambda value: repr(value)[:40])
 def test_strips_joined_equal_one_process(pattern: Pattern, layout: Layout, size: int) -> None:
     generator = torch.Generator().manual_seed(size)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,25 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, A
     """Results of both processes by case."""
     folder = tmp_path_factory.mktemp("team")
     store, file = folder / "store", folder / "results.json"
-    partner = subprocess.Popen([sys.executable, "-P", str(HERE / "cases.py"), str(store), str(file)])
-    sys.path.insert(0, str(HERE))
-    try:
-        import cases
+    command = [sys.executable, "-P", str(HERE / "cases.py"), str(store), str(file)]
+    with (folder / "log").open("w+") as log:
+        partner = subprocess.Popen(command, stdout=log, stderr=log)
+        sys.path.insert(0, str(HERE))
+        try:
+            import cases
 
-        mine = cases.run_all(0, str(store))
-        assert partner.wait(timeout=120) == 0
-        yield mine, json.loads(file.read_text())
-    finally:
-        sys.path.remove(str(HERE))
-        partner.kill()
+            while not file.with_suffix(".ready").exists():  # its imports may take long
+                assert partner.poll() is None
+                time.sleep(0.1)
+            mine = cases.run_all(0, str(store))
+            assert partner.wait(timeout=120) == 0
+            yield mine, json.loads(file.read_text())
+        except Exception as error:
+            log.seek(0)
+            raise AssertionError(f"the partner said: {log.read()[-2000:]}") from error
+        finally:
+            sys.path.remove(str(HERE))
+            partner.kill()
 
 
 def ended(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> list[dict[str, Any]]:
