@@ -1,7 +1,8 @@
 """What a request will cost, from configs alone: tokens, density, FLOPs, memory per stage, and a calibrated time.
 
 The constants come from traces of the real layer shapes on meta tensors (activations 6.5 GiB for 65,536 tokens of FLUX
-in bf16; 1.5 GiB per megapixel of un-tiled decoding); allocators and workspaces add 10-30%, which `MARGIN` covers.
+in bf16, 5.0 with feed-forwards in chunks; 1.5 GiB per megapixel of un-tiled decoding); allocators and workspaces add
+10-30%, which `MARGIN` covers.
 """
 
 import math
@@ -12,11 +13,14 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-ACTIVATION_WIDTHS = 17.3  # live activations per token, in hidden widths
 DECODE_WIDTHS = 6.0  # live activations per pixel of a decoded tile, in channels of the full-resolution layers
+EXACT_WIDTHS = 8.0  # the same of an exact tile, which is cut with its halo
+ATTENTION_BLOCKS = 400 << 20  # of the streamed attention in the middle of an autoencoder
 TILE = 1024  # side of the largest tile that is decoded at once
 MARGIN = 1.2
 RUNTIME_BYTES = 700 << 20  # torch, diffusers and transformers themselves
+CHUNK = 4096  # tokens of a chunk; smaller ones save nothing more
+WEIGHT_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # per weight; nf4 with a scale per 64 weights
 GIB = 1 << 30
 
 CLASSES = ((10, "seconds"), (60, "under a minute"), (600, "minutes"), (3600, "tens of minutes"), (86400, "hours"))
@@ -38,6 +42,64 @@ class Architecture(Protocol):
     def multiple(self) -> int: ...
     @property
     def transformer_params(self) -> int: ...
+    @property
+    def kept_params(self) -> int:
+        """Weights of the denoiser that fp8 storage leaves as they are."""
+        ...
+
+    @property
+    def guidance_in_batch(self) -> bool:
+        """Whether classifier-free guidance is a batch of two (UNets) rather than two calls."""
+        ...
+
+    def tokens(self, height: int, width: int) -> int:
+        """Picture tokens of the finest attention."""
+        ...
+
+    def activation_values(self, chunked: bool) -> float:
+        """Live values per token at the peak of a call."""
+        ...
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        """(linear, dense attention) FLOP of one call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where weights wait and what is computed in pieces.
+
+    Args:
+        offload: "none", "model", "group" or "sequential": how many weights are resident.
+        quantize: "none", "fp8", "int8" or "nf4": how the denoiser's weights are stored.
+        tile: how the autoencoder is cut, as `gensparse.highres.tiling.parse_tiling` reads it.
+        chunk: tokens of a feed-forward that are computed at a time; 0 is all.
+        halves: run the halves of classifier-free guidance one after the other where they are a batch.
+    """
+
+    offload: str = "none"
+    quantize: str = "none"
+    tile: str = "auto"
+    chunk: int = 0
+    halves: bool = False
+
+    def __str__(self) -> str:
+        out = [f"--offload {self.offload}", f"--quantize {self.quantize}", f"--tile {self.tile}"]
+        out += [f"chunks of {self.chunk} tokens"] if self.chunk else []
+        return ", ".join(out + (["guidance in halves"] if self.halves else []))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run: bytes of weights and of activations on the device while it lasts."""
+
+    name: str
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return RUNTIME_BYTES + self.weight_bytes + int(MARGIN * self.activation_bytes)
 
 
 @dataclass(frozen=True)
@@ -53,6 +115,7 @@ class StageEstimate:
     linear_flops: float
     attention_flops: float
     activation_bytes: int
+    chunked_bytes: int = 0  # the same with feed-forwards in chunks
     seconds: float | None = None  # of all steps
     enter_flops: float = 0.0  # decoding the smaller picture and encoding its enlargement
     enter_seconds: float | None = None
@@ -81,10 +144,15 @@ class Estimate:
     decode_seconds: float | None
     limit_bytes: int | None
     advice: tuple[str, ...] = ()
+    memory: Memory = Memory()
+    phases: tuple[Phase, ...] = ()
+    host_bytes: int = 0  # weights that wait in main memory
+    why: tuple[str, ...] = ()  # what was tried before `memory`, and why it was not taken
+    host_lacks: bool = False  # main memory is too small for the weights that would wait there
 
     @property
     def fits(self) -> bool:
-        return self.limit_bytes is None or self.peak_bytes <= self.limit_bytes
+        return not self.host_lacks and (self.limit_bytes is None or self.peak_bytes <= self.limit_bytes)
 
     @property
     def time_class(self) -> str | None:
@@ -117,7 +185,7 @@ def estimate(
     *,
     n_text: int,
     dtype: str,
-    offload: str = "none",
+    memory: Memory = Memory(),
     limit_bytes: int | None = None,
     rates: Rates | None = None,
     from_picture: bool = False,
@@ -128,26 +196,71 @@ def estimate(
     Args:
         n_text: text tokens of one pass.
         dtype: "fp16", "bf16" or "fp32".
-        offload: "none", "model", "group" or "sequential": how many weights are resident.
+        memory: where weights wait and what is computed in pieces.
         limit_bytes: memory that may be used; None when unknown.
         rates: speed of the machine; None leaves times out.
         from_picture: the first stage starts from a given picture.
-        can_offload: whether weights could wait in another memory; only the advice depends on it.
+        can_offload: whether weights could wait in another memory: the picture then lies there too.
     """
     size = DTYPE_BYTES[dtype]
-    parts = _with_entries(arch, [_stage(arch, shape, n_text, size, rates) for shape in stages], rates, from_picture)
+    stages_ = [_stage(arch, shape, n_text, size, memory, rates) for shape in stages]
+    parts = _with_entries(arch, stages_, rates, from_picture)
     last = parts[-1]
     decode = decode_flops(arch) * last.height * last.width
     decode_seconds = decode / rates.decode if rates else None
-    weights = resident_bytes(arch, size, offload)
-    decode_memory = decode_bytes(arch, last.height, last.width, size)
+    phases = _phases(arch, parts, size, memory, on_host=can_offload)
+    busiest = max(phases, key=lambda phase: phase.peak_bytes)
     history = sum(4 * arch.in_channels * p.tokens * p.steps for p in parts) if len(parts) > 1 else 0
-    busy = max(max(p.activation_bytes for p in parts), decode_memory)
-    peak = RUNTIME_BYTES + weights + int(MARGIN * busy) + history
+    peak = busiest.peak_bytes + (0 if can_offload else history)
     seconds = sum(p.seconds + p.enter_seconds for p in parts) + decode_seconds if rates else None
     total = sum(p.steps * (p.linear_flops + p.attention_flops) + p.enter_flops for p in parts) + decode
-    advice = _advice(arch, parts, size, offload if can_offload else None, peak, limit_bytes)
-    return Estimate(parts, weights, decode_memory, decode, peak, total, seconds, decode_seconds, limit_bytes, advice)
+    host = 0 if memory.offload == "none" else stored_bytes(arch, size, memory.quantize) + arch.encoder_params * size
+    found = Estimate(
+        parts,
+        busiest.weight_bytes,
+        phases[-1].activation_bytes,
+        decode,
+        peak,
+        total,
+        seconds,
+        decode_seconds,
+        limit_bytes,
+        (),
+        memory,
+        phases,
+        host,
+    )
+    if found.fits:
+        return found
+
+    def again(memory: Memory, side: int | None = None) -> Estimate:
+        shapes = stages if side is None else [replace(stages[-1], height=side, width=side)]
+        return estimate(arch, shapes, n_text=n_text, dtype=dtype, memory=memory, can_offload=can_offload)
+
+    return replace(found, advice=_advice(found, size, can_offload, again))
+
+
+def _phases(
+    arch: Architecture, parts: Sequence[StageEstimate], size: int, memory: Memory, *, on_host: bool
+) -> tuple[Phase, ...]:
+    """Reading the prompt, every stage, and decoding the last one."""
+    encoders = arch.encoder_params * size
+    denoiser = stored_bytes(arch, size, memory.quantize)
+    if memory.offload == "none":
+        weights = (denoiser + encoders,) * 3
+    elif memory.offload == "model":  # one model at a time
+        weights = (encoders, denoiser, 0)
+    else:  # two groups of layers: one computes, one is fetched
+        group = denoiser // max(1, arch.layers) * 2
+        weights = (encoders // 24 * 2, group, 0)
+    last = parts[-1]
+    decode = decode_bytes(arch, last.height, last.width, size, memory.tile, on_host=on_host)
+    stages = [(p, p.chunked_bytes if memory.chunk else p.activation_bytes) for p in parts]
+    return (
+        Phase("prompt", weights[0], 0),
+        *(Phase(f"{p.width}x{p.height}", weights[1], used) for p, used in stages),
+        Phase("decode", weights[2], decode),
+    )
 
 
 def _with_entries(
@@ -163,27 +276,27 @@ def _with_entries(
     return tuple(out)
 
 
-def _stage(arch: Architecture, shape: StageShape, n_text: int, size: int, rates: Rates | None) -> StageEstimate:
-    image = (shape.height // arch.multiple) * (shape.width // arch.multiple)
-    tokens = image + n_text
-    linear = shape.passes * 24.0 * arch.width**2 * arch.layers * tokens
-    attention = shape.passes * 4.0 * arch.width * arch.layers * shape.density * tokens**2
-    activation = int(ACTIVATION_WIDTHS * arch.width * size * tokens)
+def _stage(
+    arch: Architecture, shape: StageShape, n_text: int, size: int, memory: Memory, rates: Rates | None
+) -> StageEstimate:
+    tokens = arch.tokens(shape.height, shape.width) + n_text
+    linear, attention = (shape.passes * flops for flops in arch.flops(tokens))
+    attention *= shape.density
+    batch = shape.passes if arch.guidance_in_batch and not memory.halves else 1
+    whole, pieces = (int(batch * arch.activation_values(chunked) * size * tokens) for chunked in (False, True))
     seconds = None
     if rates is not None:
         seconds = shape.steps * (linear / rates.linear + attention / rates.attention)
     facts = (shape.height, shape.width, shape.steps, tokens, shape.attention, shape.density)
-    return StageEstimate(*facts, linear, attention, activation, seconds)
+    return StageEstimate(*facts, linear, attention, whole, pieces, seconds)
 
 
-def resident_bytes(arch: Architecture, size: int, offload: str) -> int:
-    """Bytes of weights on the device at the busiest moment."""
-    denoiser, encoders = arch.transformer_params * size, arch.encoder_params * size
-    if offload == "none":
-        return denoiser + encoders
-    if offload == "model":
-        return max(denoiser, encoders)
-    return denoiser // max(1, arch.layers) * 2
+def stored_bytes(arch: Architecture, size: int, quantize: str) -> int:
+    """Bytes of the denoiser's weights."""
+    if quantize == "none":
+        return arch.transformer_params * size
+    kept = arch.kept_params if quantize == "fp8" else 0
+    return int((arch.transformer_params - kept) * WEIGHT_BYTES[quantize]) + kept * size
 
 
 def decode_flops(arch: Architecture) -> float:
@@ -192,33 +305,42 @@ def decode_flops(arch: Architecture) -> float:
     return sum(18.0 * channels**2 * convs * 4.0**-level for level, (channels, convs) in levels)
 
 
-def decode_bytes(arch: Architecture, height: int, width: int, size: int) -> int:
-    """Peak bytes of decoding by tiles: the activations of one tile and the picture itself (float and 8 bit)."""
-    tile = min(height, TILE) * min(width, TILE)
-    return int(tile * DECODE_WIDTHS * arch.vae_channels[0] * size) + height * width * 3 * 5
+def decode_bytes(
+    arch: Architecture, height: int, width: int, size: int, tile: str = "auto", *, on_host: bool = False
+) -> int:
+    """Peak bytes of decoding: activations of a tile, and the picture itself (float and 8 bit) unless `on_host`.
+
+    Args:
+        tile: as `gensparse.highres.tiling.parse_tiling` reads it.
+    """
+    from gensparse.highres.tiling import UNTILED_AREA, Tiling, parse_tiling
+
+    asked = parse_tiling(tile)
+    if asked == "auto":
+        asked = None if height * width <= UNTILED_AREA else Tiling(tile=TILE)
+    side = max(height, width) if asked is None else asked.tile
+    pixels = min(height, side) * min(width, side)
+    exact = isinstance(asked, Tiling) and asked.mode == "exact" and len(set(arch.vae_channels)) > 1
+    activations = int(pixels * (EXACT_WIDTHS if exact else DECODE_WIDTHS) * arch.vae_channels[0] * size)
+    if exact:  # keys and values of the middle, which see the whole picture
+        coarse = height * width // 4 ** (len(arch.vae_channels) - 1)
+        activations = max(activations, 2 * coarse * arch.vae_channels[-1] * size + ATTENTION_BLOCKS)
+    return activations + (0 if on_host else height * width * 3 * 5)
 
 
 # --------------------------------------------------------------------------------------------------------------- advice
-def _advice(
-    arch: Architecture,
-    parts: Sequence[StageEstimate],
-    size: int,
-    offload: str | None,
-    peak: int,
-    limit: int | None,
-) -> tuple[str, ...]:
+def _advice(found: Estimate, size: int, can_offload: bool, again: Callable[..., Estimate]) -> tuple[str, ...]:
     """What would make a request fit that does not."""
-    if limit is None or peak <= limit:
-        return ()
-    out = [f"needs about {peak / GIB:.1f} GiB, {limit / GIB:.1f} GiB are available"]
+    limit, memory = found.limit_bytes or 0, found.memory
+    out = [f"needs about {found.peak_bytes / GIB:.1f} GiB, {limit / GIB:.1f} GiB are available"]
     for choice in ("model", "group"):
-        smaller = peak - resident_bytes(arch, size, "none") + resident_bytes(arch, size, choice)
-        if offload == "none" and smaller <= limit:
+        smaller = again(replace(memory, offload=choice)).peak_bytes
+        if can_offload and memory.offload == "none" and smaller <= limit:
             out.append(f"--offload {choice} brings it to about {smaller / GIB:.1f} GiB")
             break
     if size == 4:
         out.append("--dtype bf16 halves weights and activations")
-    side = _largest_side(arch, parts, size, offload or "none", peak, limit)
+    side = _largest_side(found, lambda side: again(memory, side).peak_bytes <= limit)
     if side:
         out.append(f"--size {side} fits")
     elif len(out) == 1:
@@ -226,19 +348,12 @@ def _advice(
     return tuple(out)
 
 
-def _largest_side(
-    arch: Architecture, parts: Sequence[StageEstimate], size: int, offload: str, peak: int, limit: int
-) -> int | None:
-    """The largest square of 1024 pixels steps that fits, by the share of memory that grows with the area."""
-    last = parts[-1]
-    area = last.height * last.width
-    fixed = RUNTIME_BYTES + resident_bytes(arch, size, offload)
-    room = limit - fixed
-    if room <= 0:
-        return None
-    side = int(math.sqrt(area * room / max(1, peak - fixed)))
-    side = side // 1024 * 1024 if side >= 1024 else side // 64 * 64
-    return side or None
+def _largest_side(found: Estimate, fits: Callable[[int], bool]) -> int | None:
+    """The largest square that fits, in steps of 1024 pixels, or of 64 below."""
+    last = found.stages[-1]
+    top = int(math.sqrt(last.height * last.width))
+    sides = [*range(top // 1024 * 1024, 0, -1024), *range(960, 0, -64)]
+    return next((side for side in sides if side < top and fits(side)), None)
 
 
 def format_bytes(count: float) -> str:

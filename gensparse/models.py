@@ -58,6 +58,75 @@ class Architecture:
         """Weights of the blocks: 12 d^2 per stream, and d^2 times 6 (double, twice) or 3 (single) for modulation."""
         return self.width**2 * (self.double_blocks * 36 + self.single_blocks * 15)
 
+    @property
+    def kept_params(self) -> int:
+        """Weights that fp8 storage leaves alone: the modulations, which belong to norms."""
+        return self.width**2 * (self.double_blocks * 12 + self.single_blocks * 3)
+
+    @property
+    def guidance_in_batch(self) -> bool:
+        return False
+
+    def tokens(self, height: int, width: int) -> int:
+        """Picture tokens of a size in pixels."""
+        return (height // self.multiple) * (width // self.multiple)
+
+    def activation_values(self, chunked: bool) -> float:
+        """Live values per token at the peak of a call, traced: the single blocks, or rotating queries and keys."""
+        return (13.3 if chunked else 17.3) * self.width
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        """(linear, dense attention) FLOP of one call."""
+        return 24.0 * self.width**2 * self.layers * tokens, 4.0 * self.width * self.layers * tokens**2
+
+
+@dataclass(frozen=True)
+class UNetArchitecture:
+    """Sizes of an SDXL-type UNet that decide cost: traced and counted on its real layer shapes.
+
+    A token is a cell of the finest level with attention: 2 x 2 latent pixels.
+    """
+
+    transformer_params: int = 2_567_000_000
+    layers: int = 19  # groups that offloading moves: blocks of the levels
+    in_channels: int = 4
+    width: int = 640
+    head_dim: int = 64
+    linear_flops: float = 1.467e9  # per token, convolutions and attention to text included
+    attention_flops: float = 44_800.0  # per pair of tokens: 10 blocks of 640 channels, 60 of 1280 on a quarter
+    values: tuple[float, float] = (20_150.0, 17_950.0)  # live per token at the peak, whole and in chunks
+    vae_class: str = "AutoencoderKL"
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
+    vae_convs: tuple[int, ...] = (7, 7, 7, 11)
+    encoder_params: int = 817_000_000  # CLIP-L 0.12 B and OpenCLIP bigG 0.69 B
+    kept_params: int = 0
+    guidance_in_batch: bool = True
+
+    @property
+    def vae_factor(self) -> int:
+        return 2 ** (len(self.vae_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of a picture are multiples of this many pixels."""
+        return self.vae_factor
+
+    def tokens(self, height: int, width: int) -> int:
+        """Picture tokens of a size in pixels."""
+        side = 2 * self.vae_factor
+        return -(-height // side) * -(-width // side)
+
+    def activation_values(self, chunked: bool) -> float:
+        """Live values per token at the peak of one half of the guidance."""
+        return self.values[chunked]
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        """(linear, dense attention) FLOP of one half of the guidance."""
+        return self.linear_flops * tokens, self.attention_flops * tokens**2
+
+
+SDXL = UNetArchitecture()
+
 
 @dataclass(frozen=True)
 class ModelInfo:

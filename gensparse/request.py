@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from gensparse.errors import ConfigError, short, unknown_name
+from gensparse.highres.tiling import parse_tiling
 
 VERSION = 1
 MAX_PROMPT_CHARS = 200_000
 MAX_SIDE = 65_536
 MAX_SEED = 2**63 - 1
 DTYPES = ("auto", "fp16", "bf16", "fp32")
+QUANTIZE = ("auto", "none", "fp8", "int8", "nf4")
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 HIGHRES = ("auto", "none", "cascade")
 ROUNDING = ("nearest", "up", "strict")
@@ -130,6 +132,8 @@ class Request:
     kind: ClassVar[str] = ""
     # where and how a picture is computed, not which picture it is
     machine_fields: ClassVar[frozenset[str]] = frozenset({"device", "offload", "max_vram", "local_files_only", "token"})
+    # pieces in which it is computed: they are repeated with it, but change no more than the last bits
+    piece_fields: ClassVar[frozenset[str]] = frozenset({"tile", "chunk"})
     private_fields: ClassVar[frozenset[str]] = frozenset({"token"})
 
     prompt: str = ""
@@ -152,6 +156,9 @@ class Request:
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
     offload: str = "auto"
+    quantize: str = "auto"
+    tile: str = "auto"  # of the autoencoder, see gensparse.highres.tiling
+    chunk: int | None = None  # tokens of a feed-forward that are computed at a time; 0 is all
     max_vram: str | None = None
     device: str = "auto"
 
@@ -169,9 +176,12 @@ class Request:
         self._check_numbers()
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("offload", self.offload, OFFLOADS)
+        _check_choice("quantize", self.quantize, QUANTIZE)
         _check_choice("round", self.round, ROUNDING)
         if self.size is not None:
             parse_size(self.size)
+        _check_word("tile", self.tile)
+        parse_tiling(self.tile)
         if self.max_vram is not None:
             parse_bytes(self.max_vram)
 
@@ -179,12 +189,15 @@ class Request:
         """Accept lists, and a single value, where a tuple is stored (JSON has no tuples)."""
         for name in ("seed", "lora", "dense_layers"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
-        if self.size is not None:
-            object.__setattr__(self, "size", str(self.size))
+        for name in ("size", "tile"):
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, str(getattr(self, name)))
 
     def _check_numbers(self) -> None:
         _check_int("num_images", self.num_images, 1, 10_000)
         _check_int("dense_steps", self.dense_steps, 0, 1_000)
+        if self.chunk is not None:
+            _check_int("chunk", self.chunk, 0, 1 << 24)
         if self.steps is not None:
             _check_int("steps", self.steps, 1, 1_000)
         if self.guidance is not None:
@@ -223,8 +236,8 @@ class Request:
         return cls(**values)
 
     def key(self) -> str:
-        """sha256 of the request without its machine settings: the same key is the same picture."""
-        data = {k: v for k, v in self.to_dict().items() if k not in self.machine_fields}
+        """sha256 of the request without its machine settings and pieces: the same key is the same picture."""
+        data = {k: v for k, v in self.to_dict().items() if k not in self.machine_fields | self.piece_fields}
         return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def replace(self, **changes: Any) -> Self:

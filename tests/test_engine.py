@@ -309,10 +309,101 @@ def test_out_of_memory_on_a_gpu_goes_down_the_ladder(monkeypatch: pytest.MonkeyP
     ref = open_model(job)
     session = Session(ref, device="cuda", loader=loader)
     result = session.run(resolve_request(job, ref.info))
+    metadata = result.outputs[0].metadata
+    assert metadata["run"]["tile"] == metadata["request"]["tile"] == "512"
+    assert metadata["run"]["chunk"] == metadata["request"]["chunk"] == 4096
     assert tried == ["none", "model", "group", "sequential"]
     assert [text for text in result.warnings if "out of memory" in text] == [
-        f"out of memory: continued with --offload {name}" for name in tried[1:]
+        "out of memory: continued with --tile 512 --chunk 4096",
+        *(f"out of memory: continued with --offload {name}" for name in tried[1:]),
     ]
+
+
+def test_out_of_memory_keeps_finished_stages_and_takes_smaller_pieces_first(tmp_path: Path) -> None:
+    """Also on CPUs. The second stage fails once; the first is not computed again, and the picture is the same."""
+    loads, calls = [], []
+
+    def loader(*arguments: Any, **more: Any) -> Any:
+        loads.append(1)
+        pipe = load_pipeline(*arguments, **more)
+
+        def full_once(module: Any, inputs: Any, values: dict) -> None:
+            calls.append(values["hidden_states"].shape[1])
+            if calls[-1] > 64 and calls.count(calls[-1]) == 2:
+                raise MemoryError
+
+        pipe.transformer.register_forward_pre_hook(full_once, with_kwargs=True)
+        return pipe
+
+    result = run(request(size="64", tile="64", chunk=80), OutputOptions(paths=(tmp_path / "a.png",)), loader=loader)
+    run(request(size="64"), OutputOptions(paths=(tmp_path / "b.png",)))
+    assert loads == [1]
+    native = [n for n in calls if n == 64]
+    assert len(native) == 2 * 3  # guidance, three steps, computed once
+    assert any("--tile 64 --chunk 20" in text for text in result.warnings)
+    assert np.abs(pixels(tmp_path / "a.png").astype(int) - pixels(tmp_path / "b.png")).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("tile", "smaller"),
+    [("auto", "512"), ("none", "512"), ("1024", "512"), ("100", "64"), ("synced:512", "synced:256")],
+)
+def test_smaller_tiles(tile: str, smaller: str) -> None:
+    assert session_module.smaller_tile(tile) == smaller
+
+
+# ---------------------------------------------------------------------------------------------- weights in fewer bits
+def test_fp8_weights_are_recorded_and_repeated(tmp_path: Path) -> None:
+    run(request(), OutputOptions(paths=(tmp_path / "whole.png",)))
+    kept = []
+
+    def loader(*arguments: Any, **more: Any) -> Any:
+        kept.append(load_pipeline(*arguments, **more))
+        return kept[-1]
+
+    run(request(quantize="fp8"), OutputOptions(paths=(tmp_path / "a.png",)), loader=loader)
+    block = kept[0].transformer.transformer_blocks[0]
+    assert block.attn.to_q.weight.dtype == torch.float8_e4m3fn
+    assert not np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "whole.png"))
+    metadata = image_io.read_metadata(tmp_path / "a.png")
+    assert metadata["run"]["quantize"] == metadata["request"]["quantize"] == "fp8"
+    again = GenerateRequest.from_dict(metadata["request"] | {"model": str(tiny_folder())})
+    run(again, OutputOptions(paths=(tmp_path / "b.png",)))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(("quantize", "words"), [("int8", "torchao or bitsandbytes"), ("nf4", "CUDA")])
+def test_storage_that_cannot_work_here_is_refused_before_loading(
+    quantize: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gensparse.engine.machine.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=words):
+        resolve_request(request(quantize=quantize), open_model(request()).info)
+
+
+def test_planning_for_another_machine_says_what_it_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gensparse.engine.machine.find_spec", lambda name: None)
+    job = request(model="flux.1-dev", device="cuda", quantize="nf4", max_vram="16GB", size="4096", dtype="bf16")
+    resolved, cost = engine.plan(job)
+    assert any("pip install bitsandbytes" in text for text in resolved.warnings)
+    assert cost.fits
+    assert (resolved.request.offload, resolved.request.quantize, resolved.request.tile) == ("model", "nf4", "768")
+
+
+def test_settings_of_memory_do_not_change_which_picture_it_is() -> None:
+    one = request()
+    assert one.key() == one.replace(tile="512", chunk=4096, offload="group").key()
+    assert one.key() != one.replace(quantize="fp8").key()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"tile": "big"}, {"tile": "32"}, {"tile": 9000}, {"chunk": -1}, {"chunk": True}, {"quantize": "int4"}],
+    ids=str,
+)
+def test_bad_memory_settings_are_refused(bad: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(bad))}|VAE tile"):
+        request(**bad)
 
 
 def test_memory_limit_follows_the_user() -> None:

@@ -1,10 +1,14 @@
 """Estimates against counted numbers, and advice that holds."""
 
+from dataclasses import replace
+
 import pytest
 
+from gensparse.engine import ladder
 from gensparse.engine.resolve import attention_density
 from gensparse.estimate import (
     GIB,
+    Memory,
     Rates,
     StageShape,
     calibrate,
@@ -13,16 +17,18 @@ from gensparse.estimate import (
     estimate,
     format_bytes,
     format_seconds,
+    stored_bytes,
     time_class,
 )
 from gensparse.methods import METHODS
-from gensparse.models import REGISTRY, Architecture
+from gensparse.models import REGISTRY, SDXL, Architecture
 
 FLUX = Architecture()
 
 
 def flux(size: int, **options: object):
-    values = {"n_text": 512, "dtype": "bf16", **options}
+    memory = Memory(**{k: options.pop(k) for k in ("offload", "quantize", "tile", "chunk") if k in options})
+    values = {"n_text": 512, "dtype": "bf16", "memory": memory, **options}
     return estimate(FLUX, [StageShape(size, size, 28)], **values)
 
 
@@ -48,7 +54,7 @@ def test_weights_match_the_published_sizes() -> None:
 
 def test_untiled_decode_of_a_megapixel_is_the_traced_one() -> None:
     assert decode_bytes(FLUX, 1024, 1024, 2) / GIB == pytest.approx(1.5, rel=0.05)
-    assert decode_bytes(FLUX, 8192, 8192, 2) < 3 * GIB  # by tiles
+    assert decode_bytes(FLUX, 8192, 8192, 2, on_host=True) < 3 * GIB  # by tiles
 
 
 def test_guidance_doubles_the_stage_it_runs_in() -> None:
@@ -86,6 +92,107 @@ def test_offload_is_no_advice_for_a_cpu() -> None:
 def test_offload_leaves_less_on_the_device() -> None:
     peaks = [flux(2048, offload=choice).peak_bytes for choice in ("none", "model", "group", "sequential")]
     assert peaks[0] > peaks[1] > peaks[2] >= peaks[3]
+
+
+# ---------------------------------------------------------------------------------------------------------- the ladder
+HIGHRES = {"flux": (FLUX, [StageShape(4096, 4096, 10)], 512, "bf16")}
+HIGHRES["sdxl"] = (SDXL, [StageShape(4096, 4096, 10, passes=2)], 77, "fp16")
+GPUS = (12, 16, 24, 80)
+
+
+def rung(model: str, gb: float, *, offload="auto", quantize="auto", installed=("fp8", "nf4"), size=None, **options):
+    """The choice for a GPU of `gb` GB."""
+    arch, shapes, n_text, dtype = HIGHRES[model]
+    shapes = shapes if size is None else [replace(shapes[0], height=size, width=size)]
+    limit = int(gb * 1e9)
+
+    def cost(memory: Memory):
+        return estimate(arch, shapes, n_text=n_text, dtype=dtype, memory=memory, limit_bytes=limit)
+
+    def tile(item):
+        resident = item.weight_bytes if item.memory.offload == "none" else 0
+        return ladder.pick_tile(arch, shapes[0].height, shapes[0].width, 2, limit, resident)
+
+    steps = list(ladder.rungs(arch, offload, quantize, gpu=True, quantizers=installed))
+    return ladder.choose(cost, steps, tile=tile, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "gb", "memory"),
+    [
+        ("flux", 12, Memory("group", "none", "512", 0)),
+        ("flux", 16, Memory("model", "nf4", "768", 0)),
+        ("flux", 24, Memory("model", "fp8", "1024", 4096)),
+        ("flux", 80, Memory("none", "none", "none", 0)),
+        ("sdxl", 12, Memory("model", "none", "512", 0, halves=True)),
+        ("sdxl", 16, Memory("none", "none", "768", 0)),
+        ("sdxl", 24, Memory("none", "none", "1024", 0)),
+        ("sdxl", 80, Memory("none", "none", "none", 0)),
+    ],
+    ids=str,
+)
+def test_every_gpu_gets_its_rung_at_4096(model: str, gb: int, memory: Memory) -> None:
+    got = rung(model, gb)
+    assert got.memory == memory
+    assert got.fits
+    assert max(phase.peak_bytes for phase in got.phases) == got.peak_bytes
+    assert bool(got.why) == (memory.offload != "none")
+
+
+def test_8192_fits_the_largest_gpu_by_tiles_and_no_small_one() -> None:
+    assert rung("flux", 80, size=8192).memory == Memory("none", "none", "1024", 0)
+    got = rung("flux", 24, size=8192)
+    assert not got.fits
+    assert any(line.startswith("--size") for line in got.advice)
+    assert len(got.why) == 2 * len(ladder.LADDER)
+
+
+def test_without_the_package_the_next_rung_is_taken() -> None:
+    assert rung("flux", 16, installed=("fp8",)).memory == Memory("group", "none", "768", 0)
+
+
+@pytest.mark.parametrize("gb", GPUS)
+@pytest.mark.parametrize(
+    ("fixed", "want"),
+    [({"offload": "model"}, "offload"), ({"quantize": "none"}, "quantize"), ({"quantize": "int8"}, "quantize")],
+)
+def test_what_is_asked_for_stays(gb: int, fixed: dict, want: str) -> None:
+    assert getattr(rung("flux", gb, **fixed).memory, want) == fixed[want]
+
+
+def test_chunks_that_are_asked_for_stay() -> None:
+    assert rung("flux", 80, chunk=100).memory.chunk == 100
+    assert rung("flux", 24, chunk=0).memory.chunk == 0
+
+
+def test_weights_that_wait_need_main_memory() -> None:
+    assert rung("flux", 12, host_bytes=40 * GIB).memory.quantize == "none"
+    assert rung("flux", 12, host_bytes=26 * GIB).memory == Memory("group", "fp8", "512", 0)  # 23 GiB wait
+    got = rung("flux", 12, host_bytes=8 * GIB)
+    assert not got.fits
+    assert "main memory" in got.advice[0]
+
+
+def test_chunks_and_guidance_in_halves_match_the_traces() -> None:
+    assert flux(4096).stages[0].chunked_bytes / GIB == pytest.approx(5.0, rel=0.05)
+    assert flux(8192).stages[0].chunked_bytes / GIB == pytest.approx(19.8, rel=0.05)
+    for halves, gib in ((False, 4.9), (True, 2.46)):
+        got = estimate(
+            SDXL, [StageShape(4096, 4096, 1, passes=2)], n_text=77, dtype="fp16", memory=Memory(halves=halves)
+        )
+        assert got.stages[0].activation_bytes / GIB == pytest.approx(gib, rel=0.02)
+    once = estimate(SDXL, [StageShape(1024, 1024, 1)], n_text=0, dtype="fp16").stages[0]
+    assert (once.linear_flops + once.attention_flops) / 1e12 == pytest.approx(6.76, rel=0.02)  # counted on the layers
+
+
+@pytest.mark.parametrize(("quantize", "gib"), [("none", 22.2), ("fp8", 14.1), ("int8", 11.1), ("nf4", 6.2)])
+def test_stored_weights(quantize: str, gib: float) -> None:
+    assert stored_bytes(FLUX, 2, quantize) / GIB == pytest.approx(gib, rel=0.03)
+
+
+@pytest.mark.parametrize(("tile", "gib"), [("none", 24.0), ("feather:1024", 1.5), ("feather:512", 0.375)])
+def test_decoding_follows_the_tiles(tile: str, gib: float) -> None:
+    assert decode_bytes(FLUX, 4096, 4096, 2, tile, on_host=True) / GIB == pytest.approx(gib, rel=0.02)
 
 
 def test_time_adds_up() -> None:

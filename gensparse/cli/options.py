@@ -48,6 +48,18 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "config": _option(Path | None, "--config", panel=SPARSE, help="Method settings as a JSON file", hidden=True),
     "device": _option(_Text, "--device", panel=MACHINE, help="auto|cpu|cuda|cuda:1|mps (auto)"),
     "offload": _option(_Text, "--offload", panel=MACHINE, help="auto|none|model|group|sequential (GPUs) (auto)"),
+    "quantize": _option(
+        _Text, "--quantize", panel=MACHINE, help="auto|none|fp8|int8|nf4: weights of the denoiser (auto)"
+    ),
+    "tile": _option(
+        _Text,
+        "--tile",
+        panel=MACHINE,
+        help="Autoencoder: auto|none|64 to 8192 pixels|feather[:512]|synced[:512] (auto)",
+    ),
+    "chunk": _option(
+        _Whole, "--chunk", panel=MACHINE, help="Tokens per piece of a feed-forward, 0 for all (auto)", hidden=True
+    ),
     "max_vram": _option(_Text, "--max-vram", panel=MACHINE, help="Memory to use at most, 24GiB (what is free)"),
     "from_file": _option(Path | None, "--from", panel=REUSE, help="Picture or JSON whose request to repeat; flags win"),
     "preset": _option(_Text, "--preset", panel=REUSE, help="Start from a saved preset", hidden=True),

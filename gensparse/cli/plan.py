@@ -64,7 +64,7 @@ def show(resolved: "Resolved", cost: "Estimate") -> None:
         output.print_out(line)
 
 
-HEADER = ("size", "steps", "tokens", "attention", "density", "TFLOP/step", "memory", "time")
+HEADER = ("size", "steps", "tokens", "attention", "density", "TFLOP/step", "memory / in chunks", "time")
 
 
 def _title(resolved: "Resolved") -> str:
@@ -81,7 +81,7 @@ def _row(stage: Any) -> tuple[str, ...]:
         stage.attention,
         f"{stage.density:.4f}",
         f"{(stage.linear_flops + stage.attention_flops) / 1e12:.3g}",
-        format_bytes(stage.activation_bytes),
+        f"{format_bytes(stage.activation_bytes)} / {format_bytes(stage.chunked_bytes)}",
         "" if stage.seconds is None else format_seconds(stage.seconds),
     )
 
@@ -91,6 +91,13 @@ def _totals(resolved: "Resolved", cost: "Estimate") -> list[str]:
 
     limit = "" if cost.limit_bytes is None else f" of {format_bytes(cost.limit_bytes)}"
     out = [f"memory  about {format_bytes(cost.peak_bytes)}{limit} (weights {format_bytes(cost.weight_bytes)})"]
+    for phase in cost.phases:
+        parts = f"weights {format_bytes(phase.weight_bytes)}, activations {format_bytes(phase.activation_bytes)}"
+        out.append(f"        {phase.name}: {parts}")
+    if cost.host_bytes:
+        out.append(f"        main memory: {format_bytes(cost.host_bytes)} of waiting weights")
+    out.append(f"choice  {cost.memory}")
+    out += [f"        since {reason}" for reason in cost.why]
     out.append(f"work    {cost.total_flops / 1e12:.3g} TFLOP per picture")
     if cost.seconds is not None:
         out.append(f"time    {cost.time_class}, about {format_seconds(cost.seconds)} per picture on this machine")

@@ -27,6 +27,7 @@ def call_arguments(resolved: Resolved, request: Request, seed: int) -> dict[str,
         "attention": request.attention,
         "dense_steps": request.dense_steps,
         "dense_layers": request.dense_layers,
+        "vae_tile": None if request.tile == "none" else int(request.tile) if request.tile.isdigit() else request.tile,
     }
     if isinstance(request, UpscaleRequest):
         out["strength"] = request.strength

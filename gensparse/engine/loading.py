@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gensparse.engine.machine import torch_dtype
+from gensparse.engine.machine import quantizer, torch_dtype
 from gensparse.errors import ConfigError, ModelError
 from gensparse.models import PICKLES, ModelRef
 
@@ -13,21 +13,59 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_pipeline(ref: ModelRef, dtype: str, device: str, offload: str, lora: Sequence[str]) -> Any:
-    """Load the high-resolution pipeline of a checked model. Raises ModelError when the files do not load."""
+def load_pipeline(
+    ref: ModelRef, dtype: str, device: str, offload: str, lora: Sequence[str], *, quantize: str = "none"
+) -> Any:
+    """Load the high-resolution pipeline of a checked model. Raises ModelError when the files do not load.
+
+    Args:
+        quantize: "none", "fp8", "int8" or "nf4": how the denoiser's weights are stored; the rest stays in `dtype`.
+    """
+    at_once = quantize in ("int8", "nf4")  # these are stored so while they are read
     with _no_bars():
-        pipe = _load_weights(ref, torch_dtype(dtype))
-    for item in lora:
-        _load_lora(pipe, item)
+        pipe = _load_weights(ref, torch_dtype(dtype), quantize if at_once else "none")
+    adapters = dict(_load_lora(pipe, item) for item in lora)
+    if adapters and at_once:  # beside the weights: those are stored in fewer bits than could take it
+        pipe.set_adapters(list(adapters), list(adapters.values()))
+    elif adapters:
+        for name, scale in adapters.items():
+            pipe.fuse_lora(adapter_names=[name], lora_scale=scale)
+    if quantize == "fp8":
+        import torch
+
+        _denoiser(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch_dtype(dtype))
     _place(pipe, device, offload)
     return pipe
 
 
-def _load_weights(ref: ModelRef, dtype: "torch.dtype") -> Any:
+def _denoiser(pipe: Any) -> Any:
+    return pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
+
+
+def _quantization(quantize: str, dtype: "torch.dtype") -> dict[str, Any]:
+    """The argument of `from_pretrained` that stores the denoiser's weights in 8 or 4 bits; none for "none"."""
+    if quantize == "none":
+        return {}
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    config: Any
+    if quantize == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    elif quantizer(quantize) == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": config})}
+
+
+def _load_weights(ref: ModelRef, dtype: "torch.dtype", quantize: str) -> Any:
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
 
     assert ref.folder is not None, "models without files can only be planned"
-    if ref.embedded:
+    if ref.embedded and quantize == "none":
         from gensparse.embedded import load_embedded
 
         return FluxHighresPipeline.from_pipe(load_embedded(dtype=dtype))
@@ -39,6 +77,7 @@ def _load_weights(ref: ModelRef, dtype: "torch.dtype") -> Any:
             variant=ref.variant,
             local_files_only=True,
             trust_remote_code=ref.remote_code,
+            **_quantization(quantize, dtype),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {ref.name!r} could not be loaded ({_first_line(error)}); download it again") from error
@@ -71,12 +110,13 @@ def parse_lora(text: str) -> tuple[str, float]:
         raise ConfigError(f"LoRA scale is {scale!r}; write PATH or PATH:0.8") from error
 
 
-def _load_lora(pipe: Any, item: str) -> None:
+def _load_lora(pipe: Any, item: str) -> tuple[str, float]:
+    """(name, scale) of an adapter that was loaded."""
     path, scale = parse_lora(item)
     name = f"lora{len(pipe.get_list_adapters().get('transformer', [])) if hasattr(pipe, 'get_list_adapters') else 0}"
     try:
         pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True)
-        pipe.fuse_lora(adapter_names=[name], lora_scale=scale)
+        return name, scale
     except ImportError as error:
         raise ModelError("LoRA files need peft; install it with `pip install gensparse[lora]`") from error
     except (OSError, ValueError, KeyError) as error:

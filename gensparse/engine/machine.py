@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,20 @@ def cpu_has_bf16() -> bool:
     return any(probe() for probe in probes if probe is not None)
 
 
+QUANTIZERS = {"fp8": (), "int8": ("torchao", "bitsandbytes"), "nf4": ("bitsandbytes",)}
+"""How weights may be stored -> packages of which one is needed; fp8 storage is diffusers' own."""
+
+
+def quantizers() -> tuple[str, ...]:
+    """The entries of `QUANTIZERS` that work here."""
+    return tuple(name for name, packages in QUANTIZERS.items() if not packages or quantizer(name) is not None)
+
+
+def quantizer(name: str) -> str | None:
+    """The installed package that stores weights as `name`; None without one."""
+    return next((package for package in QUANTIZERS[name] if find_spec(package) is not None), None)
+
+
 def torch_dtype(name: str) -> "torch.dtype":
     import torch
 
@@ -79,10 +94,10 @@ def memory_limit(device: str, max_vram: str | None) -> int | None:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    return _free_memory()
+    return free_memory()
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Free main memory, also inside a container with a limit of its own."""
     import psutil
 

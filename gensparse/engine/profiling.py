@@ -30,9 +30,8 @@ def profile_model(requests: Sequence[GenerateRequest], *, rows: int = 32, seed: 
         raise ConfigError(f"{len(models)} models are asked for; calibrate one model at a time.")
     ref = open_model(requests[0])
     jobs = [resolve_request(request.replace(attention="dense"), ref.info) for request in requests]
-    offloads = [fitting_estimate(job)[0] for job in jobs]
-    first = jobs[0]
-    session = Session(ref, device=first.device, dtype=first.dtype, offload=offloads[0], lora=requests[0].lora)
+    jobs = [fitting_estimate(job)[0] for job in jobs]
+    session = Session(ref, **jobs[0].loading)
     pipe = session.pipe
     pipe.set_progress_bar_config(disable=True)
     runs = [partial(_latents, pipe, call_arguments(j, j.picture(s), s)) for j in jobs for s in j.seeds]

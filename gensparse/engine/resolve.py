@@ -5,10 +5,19 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from gensparse.engine.machine import is_present, memory_limit, pick_device, pick_dtype
+from gensparse.engine import ladder
+from gensparse.engine.machine import (
+    QUANTIZERS,
+    free_memory,
+    is_present,
+    memory_limit,
+    pick_device,
+    pick_dtype,
+    quantizers,
+)
 from gensparse.engine.values import Resolved
 from gensparse.errors import ConfigError
-from gensparse.estimate import Estimate, StageShape, calibrate, estimate
+from gensparse.estimate import DTYPE_BYTES, Estimate, Memory, StageShape, calibrate, estimate, stored_bytes
 from gensparse.image_io import Picture
 from gensparse.models import ModelInfo, ModelRef, resolve
 from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
@@ -16,7 +25,6 @@ from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_si
 if TYPE_CHECKING:
     from gensparse.highres.stages import Stage
 
-OFFLOAD_LADDER = ("none", "model", "group", "sequential")
 _RUN = 50  # steps of the run whose middle stands for all of it where methods differ by step
 
 
@@ -26,7 +34,7 @@ def plan(
     """What a request will cost, without reading a weight. Raises nothing for a request that does not fit."""
     ref = ref or open_model(request, weights=False)
     resolved = resolve_request(request, ref.info, picture, device_must_exist=False)
-    return resolved, estimate_for(resolved, time_it=time_it)[1]
+    return estimate_for(resolved, time_it=time_it)
 
 
 def open_model(request: Request, *, weights: bool = True) -> ModelRef:
@@ -54,6 +62,7 @@ def resolve_request(
     check_attention(request.attention)
     height, width = _target_size(request, info, picture, notes)
     device = pick_device(request.device, must_exist=device_must_exist)
+    _check_quantize(request, device, notes, must_exist=device_must_exist)
     steps = request.steps if request.steps is not None else int(info.steps)
     dense_steps = min(request.dense_steps, steps)
     if dense_steps != request.dense_steps:
@@ -77,6 +86,23 @@ def resolve_request(
 def _check_prompt(request: Request, info: ModelInfo) -> None:
     if isinstance(request, GenerateRequest) and not request.prompt.strip() and not info.unconditional:
         raise ConfigError(f"the prompt is empty and {info.alias} was not trained without one; give a prompt")
+
+
+def _check_quantize(request: Request, device: str, notes: list[str], *, must_exist: bool) -> None:
+    """Raise ConfigError for a storage of weights that cannot work here; planning only says so."""
+    asked = request.quantize
+    if asked in ("auto", "none"):
+        return
+    if asked == "fp8" and device.startswith("mps"):
+        raise ConfigError("--quantize fp8 does not work on mps, which has no such numbers; use --quantize none")
+    if asked == "nf4" and not device.startswith("cuda"):
+        raise ConfigError(f"--quantize nf4 works on GPUs of CUDA, not on {device}; use --quantize fp8 or none")
+    if asked not in quantizers():
+        needed = " or ".join(QUANTIZERS[asked])
+        said = f"--quantize {asked} needs {needed}, which is not installed; pip install {QUANTIZERS[asked][0]}"
+        if must_exist:
+            raise ConfigError(f"{said}, or use --quantize fp8")
+        notes.append(said)
 
 
 def check_attention(text: str) -> None:
@@ -118,33 +144,51 @@ def text_tokens(info: ModelInfo) -> int:
     return info.max_sequence_length
 
 
-def estimate_for(resolved: Resolved, *, time_it: bool = True) -> tuple[str, Estimate]:
-    """The offload to use and the estimate with it; "auto" on a GPU is the first rung of the ladder that fits."""
-    arch, request = resolved.info.architecture, resolved.request
-    limit = memory_limit(resolved.device, request.max_vram)
-    timed = time_it and is_present(resolved.device)
-    rates = calibrate(resolved.device, resolved.dtype, arch.width, arch.head_dim) if timed else None
-    shapes = stage_shapes(resolved)
+def estimate_for(resolved: Resolved, *, time_it: bool = True) -> tuple[Resolved, Estimate]:
+    """The request with memory settings filled in, and its estimate: on a GPU, the first rung of the ladder that fits.
 
-    def cost(choice: str) -> Estimate:
+    Whoever repeats the request later gets the same settings, whatever memory is free then.
+    """
+    arch, request, device = resolved.info.architecture, resolved.request, resolved.device
+    limit = memory_limit(device, request.max_vram)
+    timed = time_it and is_present(device)
+    rates = calibrate(device, resolved.dtype, arch.width, arch.head_dim) if timed else None
+    shapes, size, gpu = stage_shapes(resolved), DTYPE_BYTES[resolved.dtype], device.startswith("cuda")
+
+    def cost(memory: Memory) -> Estimate:
         return estimate(
             arch,
             shapes,
             n_text=text_tokens(resolved.info),
             dtype=resolved.dtype,
-            offload=choice,
+            memory=memory if memory.tile != "auto" or request.tile == "auto" else replace(memory, tile=request.tile),
             limit_bytes=limit,
             rates=rates,
             from_picture=isinstance(request, UpscaleRequest),
-            can_offload=resolved.device != "cpu",
+            can_offload=device != "cpu",
         )
 
-    if request.offload != "auto":
-        return request.offload, cost(request.offload)
-    ladder = OFFLOAD_LADDER[:3] if resolved.device.startswith("cuda") else ("none",)
-    costs = {choice: cost(choice) for choice in ladder}
-    chosen = next((choice for choice, item in costs.items() if item.fits), ladder[0])
-    return chosen, costs[chosen]
+    def tile(item: Estimate) -> str:
+        if request.tile != "auto" or not gpu or limit is None:
+            return request.tile
+        last, memory = item.stages[-1], item.memory
+        weights = stored_bytes(arch, size, memory.quantize) + arch.encoder_params * size
+        resident = weights if memory.offload == "none" else 0
+        return ladder.pick_tile(arch, last.height, last.width, size, limit, resident)
+
+    steps = list(ladder.rungs(arch, request.offload, request.quantize, gpu=gpu, quantizers=_planned(device)))
+    host = free_memory() if gpu and is_present(device) else None
+    found = ladder.choose(cost, steps, host_bytes=host, chunk=request.chunk, tile=tile)
+    memory = found.memory
+    pieces = {"offload": memory.offload, "quantize": memory.quantize, "tile": memory.tile, "chunk": memory.chunk}
+    return replace(resolved, request=request.replace(**pieces)), found
+
+
+def _planned(device: str) -> tuple[str, ...]:
+    """How a GPU could store weights; one that is not here says nothing about the packages beside it."""
+    if not device.startswith("cuda"):
+        return ()
+    return quantizers() if is_present(device) else tuple(QUANTIZERS)
 
 
 def stage_shapes(resolved: Resolved) -> list[StageShape]:

@@ -1,6 +1,7 @@
 """One request to one result: a session keeps a loaded pipeline between requests."""
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from gensparse import image_io
 from gensparse.engine.call import call_arguments, finish_picture, padded_source
+from gensparse.engine.ladder import OFFLOADS
 from gensparse.engine.loading import check_lora, load_pipeline
 from gensparse.engine.machine import is_out_of_memory, peak_memory, versions
 from gensparse.engine.record import build_metadata, length_warnings, word_warnings
-from gensparse.engine.resolve import OFFLOAD_LADDER, estimate_for, open_model, resolve_request
+from gensparse.engine.resolve import estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
 from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
 from gensparse.engine.watch import StepWatch, decode_guard, float32_vae
 from gensparse.errors import Cancelled, NumericsError, WontFitError
-from gensparse.estimate import Estimate
+from gensparse.estimate import CHUNK, Estimate
 from gensparse.image_io import Picture
 from gensparse.models import ModelRef
 from gensparse.request import Request, UpscaleRequest
@@ -32,7 +34,7 @@ class Session:
 
     Args:
         ref: the model, already checked.
-        device, dtype, offload: as the first request resolved them.
+        device, dtype, offload, quantize: as the first request resolved them.
         lora: LoRA files or hub ids, each with an optional `:scale`.
         loader: builds the pipeline; tests pass their own.
     """
@@ -44,11 +46,12 @@ class Session:
         device: str = "cpu",
         dtype: str = "fp32",
         offload: str = "none",
+        quantize: str = "none",
         lora: Sequence[str] = (),
         loader: Callable[..., Any] | None = None,
     ) -> None:
         self.ref, self.device, self.dtype, self.offload = ref, device, dtype, offload
-        self.lora = tuple(lora)
+        self.lora, self.quantize = tuple(lora), quantize
         self._loader = loader or load_pipeline
         self._pipe: Any = None
         self._lock = threading.Lock()
@@ -57,12 +60,18 @@ class Session:
     def pipe(self) -> Any:
         """The pipeline, loaded on first use."""
         if self._pipe is None:
-            self._pipe = self._loader(self.ref, self.dtype, self.device, self.offload, self.lora)
+            more = {} if self.quantize == "none" else {"quantize": self.quantize}
+            self._pipe = self._loader(self.ref, self.dtype, self.device, self.offload, self.lora, **more)
         return self._pipe
 
     def close(self) -> None:
         """Drop the pipeline and give its memory back."""
         self._pipe = None
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Give memory back that nothing uses."""
+        gc.collect()  # the frames of an error refer to each other, and to tensors
         if self.device.startswith("cuda"):
             import torch
 
@@ -103,6 +112,12 @@ class _Job:
     done: list[Output] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
     index: int = 0
+    tile: str = "auto"
+    chunk: int = 0
+    retried: bool = False
+
+    def __post_init__(self) -> None:
+        self.tile, self.chunk = self.resolved.request.tile, self.resolved.request.chunk or 0
 
     def run(self) -> Result:
         started = time.perf_counter()
@@ -129,12 +144,7 @@ class _Job:
     def _load(self) -> None:
         self.emit(Event("load"))
         with self._timed("load"):
-            try:
-                _ = self.session.pipe
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise self._wont_fit(error) from error
-                raise
+            self._within_memory(lambda: self.session.pipe, retry=self._less_resident)
 
     def _one(self, seed: int) -> None:
         self.emit(Event("start"))
@@ -150,14 +160,19 @@ class _Job:
 
     def _pixels(self, request: Request, seed: int, store: StageCache) -> "Image.Image":
         """The picture of one seed, with the retries that are allowed: less memory, then a float32 autoencoder."""
+        return self._within_memory(lambda: self._checked_pixels(request, seed, store), retry=self._give_ground)
+
+    def _within_memory(self, work: Callable[[], Any], *, retry: Callable[[], bool]) -> Any:
+        """The result of `work`, called again while it runs out of memory and `retry` finds something to change."""
         while True:
             try:
-                return self._checked_pixels(request, seed, store)
+                return work()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self._give_ground():
+                if not retry():
                     raise self._wont_fit(error) from error
+            self.session.tidy()  # here, where the error and what its frames held are gone
 
     def _checked_pixels(self, request: Request, seed: int, store: StageCache) -> "Image.Image":
         image, problem = self._call(request, seed, store)
@@ -175,11 +190,11 @@ class _Job:
         """Run the pipeline once; return the picture, or what is wrong with it."""
         pipe = self.session.pipe
         pipe.set_progress_bar_config(disable=True)
-        arguments = call_arguments(self.resolved, request, seed)
+        arguments = call_arguments(self.resolved, request.replace(tile=self.tile), seed)
         if self.source is not None:
             arguments["image"] = padded_source(self.source.image, self.resolved)
         watch = StepWatch(self.expected, self.emit, self._check_cancel, partial(self._stage_done, store))
-        with decode_guard(pipe, self._check_cancel) as guard:
+        with decode_guard(pipe, self._check_cancel) as guard, self._chunks(pipe):
             try:
                 out = pipe(
                     **arguments,
@@ -196,6 +211,13 @@ class _Job:
         return (image, None) if problem is None else (None, problem)
 
     # -- helpers
+    def _chunks(self, pipe: Any) -> contextlib.AbstractContextManager[Any]:
+        if not self.chunk:
+            return contextlib.nullcontext()
+        from gensparse.processors.chunks import chunked
+
+        return chunked(pipe.transformer, self.chunk)
+
     def _warn(self, *texts: str) -> None:
         for text in texts:
             if text not in self.warnings:
@@ -234,11 +256,20 @@ class _Job:
             image_io.write_image(pipe.preview(result)[0], path, overwrite=True)
 
     def _give_ground(self) -> bool:
-        """After out of memory on a GPU: reload one rung further down the offload ladder. False at its end."""
+        """After out of memory: once smaller tiles and chunks, then fewer resident weights. False at the end."""
+        if self.retried:
+            return self._less_resident()
+        self.retried = True
+        self.tile, self.chunk = smaller_tile(self.tile), min(CHUNK, max(1, self.chunk // 4)) if self.chunk else CHUNK
+        self._warn(f"out of memory: continued with --tile {self.tile} --chunk {self.chunk}")
+        return True
+
+    def _less_resident(self) -> bool:
+        """Drop the pipeline of a GPU, to load it one rung further down the offload ladder. False at its end."""
         session = self.session
-        if not session.device.startswith("cuda") or session.offload == OFFLOAD_LADDER[-1]:
+        if not session.device.startswith("cuda") or session.offload == OFFLOADS[-1]:
             return False
-        session.offload = OFFLOAD_LADDER[OFFLOAD_LADDER.index(session.offload) + 1]
+        session.offload = OFFLOADS[OFFLOADS.index(session.offload) + 1]
         session.close()
         self._warn(f"out of memory: continued with --offload {session.offload}")
         return True
@@ -268,8 +299,9 @@ class _Job:
         return Output(str(path), *size, seed, digest, None, metadata)
 
     def _metadata(self, request: Request) -> dict[str, Any]:
+        used = request.replace(tile=self.tile, chunk=self.chunk)
         metadata = build_metadata(
-            request, self.resolved, offload=self.session.offload, attention=self.reports, source=self.source
+            used, self.resolved, offload=self.session.offload, attention=self.reports, source=self.source
         )
         return metadata if self.output.prompt_in_metadata else image_io.without_prompt(metadata)
 
@@ -316,19 +348,18 @@ class Runner:
         resolved = resolve_request(request, ref.info, picture)
         output = output or OutputOptions()
         image_io.check_side(output.image_format, resolved.height, resolved.width)
-        offload, expected = fitting_estimate(resolved)
-        session = self._session_for(ref, resolved, offload, request.lora)
+        resolved, expected = fitting_estimate(resolved)
+        session = self._session_for(ref, resolved)
         return session.run(resolved, output, picture=picture, on_event=on_event, cancel=cancel, expected=expected)
 
-    def _session_for(self, ref: ModelRef, resolved: Resolved, offload: str, lora: Sequence[str]) -> Session:
-        key = (ref.folder, ref.variant, resolved.device, resolved.dtype, offload, tuple(lora))
+    def _session_for(self, ref: ModelRef, resolved: Resolved) -> Session:
+        facts = resolved.loading
+        key = (ref.folder, ref.variant, *facts.values())
         if self._session is None or key != self._key:
             if self._session is not None:
                 self._session.close()
             self._key = key
-            self._session = Session(
-                ref, device=resolved.device, dtype=resolved.dtype, offload=offload, lora=lora, loader=self._loader
-            )
+            self._session = Session(ref, **facts, loader=self._loader)
         return self._session
 
 
@@ -344,9 +375,19 @@ def execute(
     return Runner(loader).execute(request, output, on_event=on_event, cancel=cancel)
 
 
-def fitting_estimate(resolved: Resolved) -> tuple[str, Estimate]:
-    """The offload to use and what the request costs with it. Raises WontFitError with advice."""
-    offload, expected = estimate_for(resolved)
+def fitting_estimate(resolved: Resolved) -> tuple[Resolved, Estimate]:
+    """The request with its memory settings and what it costs. Raises WontFitError with advice."""
+    resolved, expected = estimate_for(resolved)
     if not expected.fits:
         raise WontFitError("; ".join(expected.advice))
-    return offload, expected
+    return resolved, expected
+
+
+def smaller_tile(tile: str) -> str:
+    """The next smaller tile of the autoencoder, in the same mode."""
+    from gensparse.highres.tiling import SMALLEST, Tiling, parse_tiling
+
+    asked = parse_tiling(tile)
+    if not isinstance(asked, Tiling):
+        return "512"
+    return str(replace(asked, tile=max(SMALLEST, asked.tile // 2)))

@@ -104,7 +104,7 @@ def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> s
     import torch
 
     data = request.replace(size=None).to_dict()
-    for name in request.machine_fields | {"highres", "round", "image"}:
+    for name in request.machine_fields | request.piece_fields | {"highres", "round", "image"}:
         data.pop(name, None)
     data |= {"device": resolved.device, "threads": torch.get_num_threads(), "versions": versions()}
     data["source"] = source.sha256 if source else None

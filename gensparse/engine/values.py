@@ -101,6 +101,17 @@ class Resolved:
     def seeds(self) -> tuple[int, ...]:
         return self.request.seed
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What decides how weights are loaded: arguments of a `Session`."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "offload": self.request.offload,
+            "quantize": self.request.quantize,
+            "lora": self.request.lora,
+        }
+
     def picture(self, seed: int) -> Request:
         """The request of one of the pictures."""
         return self.request.replace(seed=(seed,), num_images=1)

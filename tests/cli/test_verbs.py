@@ -210,6 +210,33 @@ def test_plan_reads_no_weights(cli: Cli) -> None:
     assert data["stages"][0]["attention"] == "dense"
 
 
+def test_plan_says_which_rung_it_took_and_why(cli: Cli) -> None:
+    flags = (
+        "plan",
+        "-m",
+        "flux.1-dev",
+        "--device",
+        "cuda",
+        "--dtype",
+        "bf16",
+        "--size",
+        "4096",
+        "--attention",
+        "dense",
+    )
+    ran = cli(*flags, "--max-vram", "24GB", "--format", "agent")
+    assert ran.code == 0
+    for words in (
+        "--offload model, --quantize fp8, --tile 1024, chunks of 4096",
+        "since offload none needs",
+        "prompt: ",
+    ):
+        assert words in ran.out
+    fixed = json.loads(cli(*flags, "--max-vram", "24GB", "--tile", "synced:512", "--chunk", "0", "--json").out)
+    assert (fixed["request"]["tile"], fixed["request"]["chunk"]) == ("synced:512", 0)
+    assert cli(*flags, "--max-vram", "6GB").code == 3
+
+
 def test_plan_of_a_picture(cli: Cli) -> None:
     photo(Path("in.png"))
     ran = cli("plan", "--image", "in.png", "-m", "TINY", "--size", "128", "--json")
