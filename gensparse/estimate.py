@@ -16,7 +16,6 @@ DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DECODE_WIDTHS = 6.0  # live activations per pixel of a decoded tile, in channels of the full-resolution layers
 EXACT_WIDTHS = 8.0  # the same of an exact tile, which is cut with its halo
 ATTENTION_BLOCKS = 400 << 20  # of the streamed attention in the middle of an autoencoder
-TILE = 1024  # side of the largest tile that is decoded at once
 MARGIN = 1.2
 RUNTIME_BYTES = 700 << 20  # torch, diffusers and transformers themselves
 CHUNK = 4096  # tokens of a chunk; smaller ones save nothing more
@@ -313,11 +312,11 @@ def decode_bytes(
     Args:
         tile: as `gensparse.highres.tiling.parse_tiling` reads it.
     """
-    from gensparse.highres.tiling import UNTILED_AREA, Tiling, parse_tiling
+    from gensparse.highres.tiling import EXACT_TILE, UNTILED_AREA, Tiling, parse_tiling
 
     asked = parse_tiling(tile)
     if asked == "auto":
-        asked = None if height * width <= UNTILED_AREA else Tiling(tile=TILE)
+        asked = None if height * width <= UNTILED_AREA else Tiling(tile=EXACT_TILE)
     side = max(height, width) if asked is None else asked.tile
     pixels = min(height, side) * min(width, side)
     exact = isinstance(asked, Tiling) and asked.mode == "exact" and len(set(arch.vae_channels)) > 1

@@ -9,7 +9,8 @@ MODES = ("exact", "feather", "synced")
 SMALLEST, LARGEST = 64, 8192  # pixels of a tile's side
 OVERLAP = 0.25
 UNTILED_AREA = 1024 * 1024  # pixels up to which "auto" takes one piece
-AUTO_TILE, AUTO_TILE_CPU = 1024, 256  # small tiles stay in a CPU's cache
+AUTO_TILE = 1024  # blended tiles: what autoencoders were trained for
+EXACT_TILE, EXACT_TILE_CPU = 768, 256  # about 1.1 GiB on a GPU; small tiles stay in a CPU's cache
 
 FORMS = "auto, none, 512, feather, feather:512, feather:512:0.25 or synced:512"
 
@@ -95,7 +96,7 @@ def choose_tiling(
     if not isinstance(asked, Tiling):
         if not (in_place and exact):
             return Tiling("feather")
-        return Tiling(tile=AUTO_TILE_CPU if cpu else AUTO_TILE)
+        return Tiling(tile=EXACT_TILE_CPU if cpu else EXACT_TILE)
     if asked.mode != "feather" and not in_place:
         raise ConfigError(
             f"vae_tile={wanted} asks for {asked.mode} tiles, but the autoencoder is offloaded piece by piece; "
