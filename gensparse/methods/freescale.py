@@ -103,7 +103,7 @@ class FreeScale(Method):
         from gensparse.processors.scale_fusion import ScaleFusion
 
         if self.native is None:
-            raise ConfigError("freescale looks at the model before it acts; pass it to gensparse.apply().")
+            return Dense("freescale looks at the model before it acts; pass it to gensparse.apply()")
         size, native = layout.grid[1:], max(1, self.native // at.coarseness)
         cut = token_windows(size, native)
         cut = cut if self.jitter else cut._replace(jitter=(0, 0))

@@ -272,8 +272,7 @@ def test_models_that_do_not_fit_are_refused(unet):
     for whole in ("hilo", "double_window", "psa"):
         with pytest.raises(ConfigError, match="one mask"):
             FreeScale(whole=whole, native=8).pattern(Layout.image(16, 16))
-    with pytest.raises(ConfigError, match=r"gensparse\.apply"):
-        FreeScale().pattern(Layout.image(4, 4))
+    assert "gensparse.apply" in FreeScale().pattern(Layout.image(4, 4)).reason
     odd = copy.deepcopy(unet)
     odd.mid_block.resnets[0].conv1 = torch.nn.Conv2d(32, 32, 5, padding=2)
     before = state_of(odd)
