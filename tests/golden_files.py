@@ -152,9 +152,7 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
         "core": Schema(grammar=r"c\d+_(q|k|v|agent|out|k_scale2|k_shortcut)"),
     },
     "hidiffusion": {
-        "resample": Schema(
-            grammar=r"[a-z]_(x|weight|bias|conv_off|conv_on|up_weight|up_bias|up_on|avgpool|bicubic)"
-        ),
+        "resample": Schema(grammar=r"[a-z]_(x|weight|bias|conv_off|conv_on|up_weight|up_bias|up_on|avgpool|bicubic)"),
         "windows": Schema(grammar=r"[a-z]_(size|idx[0-3])"),
         "schedule": Schema(grammar=r"(sd15|sdxl(inpaint|controlnet|turbo)?)_n\d+(_lat\d+)?_(conv|block)_T[12]"),
         "unet": Schema(grammar=r"w:.+|(raunet|raunet_odd|both)_(x|text|out_plain|out_steps)"),
