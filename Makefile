@@ -8,7 +8,7 @@ PIP_ARGS ?=
 PROMPT ?= a red circle left of a blue star on a green striped background
 SIZE   ?= 4096
 # the picture of README
-SEED   ?= 3
+SEED   ?= 7
 
 BIN := $(VENV)/bin
 
