@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,18 +27,27 @@ SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 WINDOW = "clear:radius=2"
 
 
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def on_path() -> Iterator[None]:
     """Scripts import the modules beside them."""
-    monkeypatch.syspath_prepend(SAMPLES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SAMPLES)
+        yield
 
 
-@pytest.fixture
-def distill() -> Callable[..., Path]:
+@pytest.fixture(scope="module")
+def distill(on_path: None) -> Callable[..., Path]:
     """`python samples/distill.py --tiny ...`; returns the written file."""
     import distill as script
 
     return lambda *words: script.main(["--tiny", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def trained(distill: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attention weights after 40 steps with the window."""
+    folder = tmp_path_factory.mktemp("trained")
+    return distill("--method", WINDOW, "--steps", 40, "--lr", 3e-3, "--flow", 0, "--out", folder)
 
 
 def parts() -> ModuleType:
@@ -61,19 +70,18 @@ def velocity(model: nn.Module, grid: tuple[int, int, int] = (1, 7, 10), name: st
 # ---------------------------------------------------------------- what comes out
 
 
-def test_trained_attention_loads_back_through_clear_and_lowers_the_error(distill: Any, tmp_path: Path) -> None:
-    file = distill("--method", WINDOW, "--steps", 40, "--lr", 3e-3, "--flow", 0, "--out", tmp_path)
+def test_trained_attention_loads_back_through_clear_and_lowers_the_error(trained: Path) -> None:
     model = tiny().transformer
     dense = velocity(model)
     with gensparse.applied(model, WINDOW):
         before = (velocity(model) - dense).norm()
-    with gensparse.applied(model, Clear(radius=2, weights=str(file)), strict=True):
+    with gensparse.applied(model, Clear(radius=2, weights=str(trained)), strict=True):
         after = (velocity(model) - dense).norm()
     assert after < 0.9 * before
     assert torch.equal(velocity(model), dense)
-    names = {name.split(".attn.")[1] for name in load_file(file)}
+    names = {name.split(".attn.")[1] for name in load_file(trained)}
     assert names == {f"{p}.{x}" for p in ("to_q", "to_k", "to_v", "to_out.0") for x in ("weight", "bias")}
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    rows = list(csv.DictReader((trained.parent / "log.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 41))
     assert float(rows[-1]["rate"]) == 3e-3 > float(rows[0]["rate"])
 
@@ -276,17 +284,27 @@ def test_noise_levels_follow_the_steps_of_the_pipeline() -> None:
 
 
 def test_the_comparison_finds_no_distance_for_a_whole_window_and_some_for_a_small_one(
-    distill: Any, tmp_path: Path
+    trained: Path, tmp_path: Path
 ) -> None:
     import compare_with_dense
 
     whole = compare_with_dense.main(["--tiny", "--method", "clear:radius=100"])[1]
     assert whole["velocity_error"].value < 1e-4
     assert whole["psnr_db"].value > 60
-    file = distill("--method", WINDOW, "--steps", 40, "--lr", 3e-3, "--flow", 0, "--out", tmp_path)
     out, sheet = tmp_path / "rows.json", tmp_path / "sheet.png"
     rows = compare_with_dense.main(
-        ["--tiny", "--method", WINDOW, "--trained", str(file), "--dense-too", "--out", str(out), "--sheet", str(sheet)]
+        [
+            "--tiny",
+            "--method",
+            WINDOW,
+            "--trained",
+            str(trained),
+            "--dense-too",
+            "--out",
+            str(out),
+            "--sheet",
+            str(sheet),
+        ]
     )
     assert [row["attention"] for row in rows] == ["dense", WINDOW, f"{WINDOW}, trained", "dense, trained"]
     before, after, changed = (row["velocity_error"].value for row in rows[1:])
