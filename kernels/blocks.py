@@ -11,6 +11,8 @@ from .finite import contained
 from .heads import Heads, bias_of_heads, group_rows, heads_first, heads_last, in_order
 
 CHUNK_BYTES = 1 << 23  # gathered keys, values and scores of one step and pair of threads: stays near the cache
+PIECE_QUERIES = 32  # of fewer than 192 queries torch's fused CPU kernel multiplies so many at a time
+_PIECES_FROM = 0.95  # share of the keys above which it does not pay to attend a tile piece by piece
 
 
 class Tiles(Protocol):
@@ -140,6 +142,7 @@ def _sample_steps(
     for tiles in work.tiles:
         (mask, _), number = tiles.bias(), tiles.sizes[0]
         mask = None if mask is None else mask.to(q.dtype)
+        parts = _pieces(mask)
         step = max(1, _budget() // (heads * _gathered_bytes(q, tiles, bias is not None)))
         for start in range(0, number, step):
             q_rows, k_rows = tiles.rows(start, min(start + step, number))
@@ -151,10 +154,32 @@ def _sample_steps(
             if bias is not None:
                 own = bias.index_select(1, k_rows.reshape(-1)).view(heads, *k_rows.shape).transpose(0, 1)[:, :, None]
                 added = own if mask is None else own + mask
-            out, _ = attend_block(*blocks, added, scale, lse=False, may_hide=True)
-            yield q_rows.reshape(-1), out.transpose(1, 2).flatten(0, 1)
+            for queries, keys in parts:
+                seen = None if added is None else added[..., queries if added.shape[-2] > 1 else slice(None), keys]
+                own_q, own_k, own_v = blocks[0][:, :, queries], blocks[1][:, :, keys], blocks[2][:, :, keys]
+                out, _ = attend_block(own_q, own_k, own_v, seen, scale, lse=False, may_hide=True)
+                yield q_rows[:, queries].reshape(-1), out.transpose(1, 2).flatten(0, 1)
     for rows in work.dense:
         yield torch.arange(*rows.queries, device=q.device), rows.attend_sample(q, k, v, bias, scale)
+
+
+def _pieces(mask: Tensor | None) -> list[tuple[slice, slice]]:
+    """Runs of a tile's queries, each with the run of keys outside of which they see nothing.
+
+    The upper rows of a tile do not reach the last rows of its box of keys: a disc of radius 8 on tiles of 8 x 8 loses a
+    sixth of its pairs. One piece where that saves too little.
+    """
+    whole = [(slice(None), slice(None))]
+    if mask is None or mask.device.type != "cpu" or len(mask) <= PIECE_QUERIES:
+        return whole
+    parts, pairs = [], 0
+    for start in range(0, len(mask), PIECE_QUERIES):
+        rows = mask[start : start + PIECE_QUERIES]
+        seen = torch.isfinite(rows).any(dim=0).nonzero()
+        first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
+        parts.append((slice(start, start + len(rows)), slice(first, last)))
+        pairs += len(rows) * (last - first)
+    return parts if pairs < _PIECES_FROM * mask.numel() else whole
 
 
 def _attend_heads(heads: Heads, work: Work, tokens: int, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:

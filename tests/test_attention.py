@@ -241,6 +241,19 @@ def test_small_memory_steps_give_the_same_result(pattern, monkeypatch):
     check(pattern, PICTURE, batch=1, heads=2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_of_a_tile_skip_the_keys_that_only_others_of_it_see(bias):
+    layout = Layout.image(37, 43)
+    classes = build_plan(Disc(8), layout).halo()[0].tiles
+    computed = sum(
+        tiles.sizes[0] * len(range(*queries.indices(tiles.sizes[1]))) * len(range(*keys.indices(tiles.sizes[2])))
+        for tiles in classes
+        for queries, keys in blocks._pieces(tiles.bias()[0])
+    )
+    assert int(Disc(8).dense_mask(layout).sum()) <= computed < 0.9 * sum(math.prod(tiles.sizes) for tiles in classes)
+    check(Disc(8), layout, key_bias=torch.randn(1, 3, layout.tokens) if bias else None)
+
+
 def test_text_rows_are_empty_without_a_text_policy():
     layout = Layout.image(9, 7, text=4)
     plan = build_plan(Disc(3), layout)
