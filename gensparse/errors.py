@@ -52,6 +52,10 @@ class WontFitError(GensparseError):
     """A request needs more memory than the device has, after every fallback."""
 
 
+class BusyError(GensparseError):
+    """A server has as many jobs as it takes."""
+
+
 class Cancelled(GensparseError):  # noqa: N818 - a request, not a fault
     """The user asked to stop."""
 

@@ -27,6 +27,7 @@ class Event:
     width: int = 0
     eta: float | None = None
     text: str = ""  # of a warning
+    preview: "Image.Image | None" = field(default=None, repr=False, compare=False)  # a small picture, with live_preview
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class OutputOptions:
         paths: one file per picture; empty keeps the pictures in the result only.
         stages_dir: folder where finished stages are kept; None keeps them in memory.
         also_read: further folders with finished stages, for instance those of a draft.
+        live_preview: send small pictures with `Event.preview` while a picture is denoised, as often as costs little.
     """
 
     paths: tuple[Path, ...] = ()
@@ -48,6 +50,7 @@ class OutputOptions:
     preview_dir: Path | None = None
     stages_dir: Path | None = None
     also_read: tuple[Path, ...] = ()
+    live_preview: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""What every tab of the page shares: settings, visitors, jobs, and the forms that other tabs may fill."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gensparse.app.jobs import Engine, Job, Jobs
+from gensparse.app.sessions import COOKIE, Sessions
+from gensparse.app.settings import Settings
+from gensparse.errors import ConfigError
+from gensparse.request import GenerateRequest
+
+LOG = logging.getLogger(__name__)
+SWEEP = 600.0  # seconds between two looks for visitors who have gone
+
+
+@dataclass
+class Form:
+    """The widgets of a tab that make up a request.
+
+    Args:
+        fields: name of a field of the form -> widget, in the order in which `updates` answers.
+        tab: id of the tab, for `gr.Tabs(selected=...)`.
+    """
+
+    tab: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def widgets(self) -> list[Any]:
+        return list(self.fields.values())
+
+    def updates(self, values: Mapping[str, Any]) -> list[Any]:
+        """What an event with the outputs `form.widgets` returns to fill the form; other fields stay as they are."""
+        import gradio as gr
+
+        return [gr.update(value=values[name]) if name in values else gr.skip() for name in self.fields]
+
+
+class App:
+    """One server.
+
+    Args:
+        settings: how it runs.
+        scratch: folder of gradio's own temporary files.
+        engine: runs requests; by default a `gensparse.engine.Runner`. Tests pass their own.
+
+    Attributes:
+        jobs: the queue in front of the engine.
+        sessions: the visitors.
+        forms: "generate" and "upscale", once the page is built.
+        tabs: the `gr.Tabs` of the page, to switch to one of them.
+    """
+
+    def __init__(self, settings: Settings, scratch: Path, engine: Engine | None = None) -> None:
+        if engine is None:
+            from gensparse.engine import Runner
+
+            engine = Runner()
+        self.settings, self.limits = settings, settings.limits
+        self.sessions = Sessions(settings.output_dir, scratch)
+        self.jobs = Jobs(
+            [engine],
+            limit=self.limits.queue,
+            per_owner=self.limits.per_session,
+            grace=settings.grace,
+            away=self.sessions.away,
+            prepare=self._prepare if settings.preload else None,
+        )
+        self.forms: dict[str, Form] = {}
+        self.tabs: Any = None
+        self._closed = threading.Event()
+        if settings.shared:
+            threading.Thread(target=self._sweep, daemon=True).start()
+
+    def _prepare(self, engine: Any) -> None:
+        if hasattr(engine, "prepare"):
+            engine.prepare(GenerateRequest(device=self.settings.device, local_files_only=True))
+
+    def _sweep(self) -> None:
+        """Delete what visitors of a shared server left behind."""
+        while not self._closed.wait(min(SWEEP, self.settings.keep)):
+            self.sessions.sweep(self.settings.keep)
+
+    def close(self) -> None:
+        """Stop every job and drop the model."""
+        self._closed.set()
+        self.jobs.close()
+
+    # -- who asks
+    def owner(self, request: Any) -> str:
+        """The visitor behind a `gr.Request`. Raises ConfigError for a request that says nothing about itself."""
+        cookies = getattr(request, "cookies", None) or {}
+        owner = self.sessions.owner(cookies.get(COOKIE), getattr(request, "session_hash", None))
+        if owner is None:
+            raise ConfigError("the request has no session; open the page again, or use gradio_client")
+        self.sessions.touch(owner)
+        return owner
+
+    def job(self, job_id: Any, request: Any) -> Job:
+        """A job of the visitor behind a `gr.Request`.
+
+        A visitor without a cookie proves with the id alone that a job is his. Raises ConfigError for any other job.
+        """
+        owner = self.owner(request)
+        job = self.jobs.get(job_id)
+        if job.owner == owner or job.owner.startswith("client-"):
+            return job
+        return self.jobs.get(job_id, owner)
