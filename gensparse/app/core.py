@@ -34,10 +34,30 @@ class Form:
         return list(self.fields.values())
 
     def updates(self, values: Mapping[str, Any]) -> list[Any]:
-        """What an event with the outputs `form.widgets` returns to fill the form; other fields stay as they are."""
+        """What an event with the outputs `form.widgets` returns to fill the form; other fields stay as they are.
+
+        Args:
+            values: fields of a request, as `Request.to_dict` or a preset has them.
+        """
         import gradio as gr
 
-        return [gr.update(value=values[name]) if name in values else gr.skip() for name in self.fields]
+        shown = widget_values(values)
+        return [gr.update(value=shown[name]) if name in shown else gr.skip() for name in self.fields]
+
+
+def widget_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a request as the widgets of a form show them: attention is two of them, a list is text."""
+    out = dict(values)
+    if isinstance(out.get("attention"), str):
+        out["method"], _, out["settings"] = out.pop("attention").partition(":")
+    seed = out.get("seed")
+    if isinstance(seed, list | tuple):
+        out["seed"] = seed[0] if seed else None
+    if out.get("seed") is not None:
+        out["random_seed"] = False
+    if isinstance(out.get("lora"), list | tuple):
+        out["lora"] = "\n".join(out["lora"])
+    return out
 
 
 class App:
@@ -52,7 +72,7 @@ class App:
         jobs: the queue in front of the engine.
         sessions: the visitors.
         forms: "generate" and "upscale", once the page is built.
-        tabs: the `gr.Tabs` of the page, to switch to one of them.
+        page: the `gr.Blocks`; tabs: its `gr.Tabs`, to switch to one of them; items: its tabs by id.
     """
 
     def __init__(self, settings: Settings, scratch: Path, engine: Engine | None = None) -> None:
@@ -71,7 +91,9 @@ class App:
             prepare=self._prepare if settings.preload else None,
         )
         self.forms: dict[str, Form] = {}
+        self.page: Any = None
         self.tabs: Any = None
+        self.items: dict[str, Any] = {}
         self._closed = threading.Event()
         if settings.shared:
             threading.Thread(target=self._sweep, daemon=True).start()

@@ -133,6 +133,12 @@ class Sessions:
                 shutil.rmtree(root / name, ignore_errors=True)
         return len(gone)
 
+    def forget_all(self) -> None:
+        """Delete the results of every visitor, when a shared server ends."""
+        with self._lock:
+            self._connections.clear()
+        self.sweep(-1.0)
+
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gensparse import __version__
-from gensparse.cli import bench, calibrate, env, generate, inspect_file, methods, models, plan, tune, upscale
+from gensparse.cli import bench, calibrate, env, generate, inspect_file, methods, models, plan, serve, tune, upscale
 from gensparse.cli.state import FORMATS, STATE, apply_environment
 from gensparse.errors import ConfigError
 
@@ -26,6 +26,7 @@ app.add_typer(methods.app, name="methods")
 app.add_typer(bench.app, name="bench")
 app.command("calibrate")(calibrate.calibrate)
 app.command("tune")(tune.tune)
+app.command("app")(serve.serve)
 app.command("env")(env.env)
 
 

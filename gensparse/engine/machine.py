@@ -1,6 +1,7 @@
 """The machine: which device and dtype to use, how much memory there is, which versions run."""
 
 import contextlib
+import ctypes
 import platform
 import sys
 from importlib.util import find_spec
@@ -108,6 +109,14 @@ def free_memory() -> int | None:
         if limit.isdigit():
             free = min(free, int(limit) - int(used))
     return max(free, 0)
+
+
+def return_memory() -> None:
+    """Hand pages that the C library keeps for itself back to the system, where it knows how (glibc)."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: str) -> dict[str, int]:

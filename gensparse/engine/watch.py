@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gensparse.engine.values import Event
@@ -11,6 +11,11 @@ from gensparse.estimate import Estimate
 
 if TYPE_CHECKING:
     import torch
+
+
+SKETCH_PAUSE = 0.7  # seconds between two small pictures, at least
+SKETCH_SHARE = 12  # and so many times as long as one took
+STAGE_SIDE = 1024  # pixels of the picture of a finished stage
 
 
 class Eta:
@@ -40,7 +45,15 @@ class Eta:
 
 
 class StepWatch:
-    """The callbacks of one pipeline call."""
+    """The callbacks of one pipeline call.
+
+    Args:
+        expected: sizes and times of the stages.
+        emit: takes events.
+        check_cancel: raises Cancelled.
+        on_stage: called with the pipeline and what a finished stage gave.
+        live: whether events bring small pictures; `vae_tile` is then that of the call.
+    """
 
     def __init__(
         self,
@@ -48,17 +61,25 @@ class StepWatch:
         emit: Callable[[Event], None],
         check_cancel: Callable[[], None],
         on_stage: Callable[[Any, Any], None],
+        *,
+        live: bool = False,
+        vae_tile: int | str | None = "auto",
     ) -> None:
         self._shapes = expected.stages if expected else ()
         self._emit, self._check_cancel, self._on_stage = emit, check_cancel, on_stage
         self._eta = Eta(expected)
+        self._live, self._tile = live, vae_tile
+        self._next_sketch = 0.0
+        self._last: Event | None = None
+        self.guard = Guard()
 
     def on_step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """For `callback_on_step_end`."""
         self._check_cancel()
         stage, steps = int(pipe.stage), int(pipe.num_timesteps)
         stages = max(int(pipe.num_stages), stage + 1)
-        self._emit(self._event("step", stage, stages, step + 1, steps))
+        self._last = self._event("step", stage, stages, step + 1, steps)
+        self._emit(replace(self._last, preview=self._sketch(pipe, tensors) if step + 1 < steps else None))
         if stage + 1 == stages and step + 1 == steps:
             self._emit(self._event("decode", stage, stages, step + 1, steps))
         return {}
@@ -66,7 +87,21 @@ class StepWatch:
     def on_stage(self, pipe: Any, result: Any) -> None:
         """For `callback_on_stage_end`."""
         self._on_stage(pipe, result)
+        if self._live and self._last is not None and result.index + 1 < int(pipe.num_stages):
+            # the next stage needs this picture anyway; the last one may be too large to exist twice
+            self._emit(replace(self._last, preview=pipe.preview(result, STAGE_SIDE, self._tile)[0]))
         self._check_cancel()
+
+    def _sketch(self, pipe: Any, tensors: dict[str, Any]) -> Any:
+        """A small picture of what the step estimates, unless the last one is too recent; None without one."""
+        start = time.perf_counter()
+        if "clean" not in tensors or start < self._next_sketch:
+            return None
+        with self.guard.asleep():  # an estimate may leave the range of half precision where the picture will not
+            picture = pipe.sketch(tensors["clean"])
+        now = time.perf_counter()
+        self._next_sketch = now + max(SKETCH_PAUSE, SKETCH_SHARE * (now - start))
+        return picture
 
     def _event(self, phase: str, stage: int, stages: int, step: int, steps: int) -> Event:
         shape = self._shapes[stage] if stage < len(self._shapes) else None
@@ -87,26 +122,39 @@ class Guard:
     """What a watched decoder gave."""
 
     broken: bool = False
+    sleeping: bool = False
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """While something is decoded that is not the result."""
+        self.sleeping = True
+        try:
+            yield
+        finally:
+            self.sleeping = False
 
 
 @contextlib.contextmanager
 def decode_guard(pipe: Any, check_cancel: Callable[[], None]) -> Iterator[Guard]:
-    """Watch the last convolution of the decoder: it runs once per tile, and what leaves it must be finite."""
+    """Watch the last convolutions of the autoencoder: they run once per tile, and what leaves them must be finite."""
     import torch
 
-    guard = Guard()
-    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
-    convolutions = [m for m in decoder.modules() if isinstance(m, torch.nn.Conv2d)] if decoder is not None else []
+    guard, vae = Guard(), getattr(pipe, "vae", None)
+    ends = []
+    for half in (getattr(vae, "encoder", None), getattr(vae, "decoder", None)):
+        found = [m for m in half.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)] if half is not None else []
+        ends += found[-1:]
 
     def look(module: Any, inputs: Any, output: "torch.Tensor") -> None:
         check_cancel()
-        guard.broken = guard.broken or not bool(output.isfinite().all())
+        if not guard.sleeping:
+            guard.broken = guard.broken or not bool(output.isfinite().all())
 
-    hook = convolutions[-1].register_forward_hook(look) if convolutions else None
+    hooks = [module.register_forward_hook(look) for module in ends]
     try:
         yield guard
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
 
 

@@ -1,0 +1,187 @@
+"""From what a visitor sent to a request: every value is checked here, whatever the page allowed him to type.
+
+Values arrive as JSON: from widgets, or from anybody who can write an HTTP request.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gensparse.app.settings import Limits, Settings
+from gensparse.errors import ConfigError, short, unknown_name
+from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
+
+SHARED_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "size",
+    "attention",
+    "dense_steps",
+    "steps",
+    "guidance",
+    "seed",
+    "num_images",
+)
+FIELDS = {
+    GenerateRequest.kind: (*SHARED_FIELDS, "highres"),
+    UpscaleRequest.kind: (*SHARED_FIELDS, "strength"),
+}
+"""What a visitor may decide, by kind of request."""
+
+LOCAL_FIELDS = ("lora",)
+"""What only the person at this machine may decide: it names files."""
+
+REFUSED = ("token", "trust_remote_code", "output", "output_dir", "device", "revision", "variant", "max_vram", "image")
+"""What nobody decides through the page."""
+
+
+def models_here() -> list[str]:
+    """Models of the registry whose files are on this machine, the embedded one first."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from gensparse.models import REGISTRY
+
+    def present(hub_id: str | None) -> bool:
+        return hub_id is None or isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+
+    return [info.alias for info in REGISTRY.values() if present(info.hub_id)]
+
+
+def generate_request(values: Mapping[str, Any], settings: Settings) -> GenerateRequest:
+    """A checked request. Raises ConfigError with one sentence for the first value that is not allowed."""
+    return GenerateRequest(**_checked(GenerateRequest, values, settings))
+
+
+def upscale_request(
+    values: Mapping[str, Any], settings: Settings, image: Path, size: tuple[int, int]
+) -> UpscaleRequest:
+    """A checked request for a picture of `size` = (height, width) that was uploaded. Raises ConfigError."""
+    checked = _checked(UpscaleRequest, values, settings)
+    request = UpscaleRequest(**checked, image=str(image))
+    _check_result(parse_size(request.size or "2x").resolve(base=size, multiple=1)[0], settings.limits)
+    return request
+
+
+def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    limits, allowed = settings.limits, FIELDS[cls.kind] + (() if settings.shared else LOCAL_FIELDS)
+    for name in values:
+        if name in REFUSED or (settings.shared and name in LOCAL_FIELDS):
+            raise ConfigError(f"{name} is not accepted by this page; use the command line on the machine itself")
+        if name not in allowed:
+            raise ConfigError(unknown_name("field", str(name), allowed))
+    given = {name: value for name, value in values.items() if value is not None and value != ""}
+    out: dict[str, Any] = {"device": settings.device, "local_files_only": True}
+    for name in ("prompt", "negative_prompt"):
+        if name in given:
+            out[name] = _text(name, given[name], limits.prompt)
+    for name, low, high in _whole_numbers(limits):
+        if name in given:
+            out[name] = _whole(name, given[name], low, high)
+    if "seed" in out:
+        out["seed"] = (out["seed"],)
+    for name, high in (("guidance", limits.guidance), ("strength", 1.0)):
+        if name in given:
+            out[name] = _real(name, given[name], 0.0, high)
+    if "highres" in given:
+        out["highres"] = _text("highres", given["highres"], 20)
+    if "size" in given:
+        out["size"] = _text("size", given["size"], 40)
+    out["model"] = _model(given.get("model", "embedded"), settings)
+    out["attention"] = _attention(given.get("attention", "auto"), settings)
+    if "lora" in given:
+        out["lora"] = _lora(given["lora"])
+    if cls is GenerateRequest:
+        _check_result(_size_asked(out), limits)
+    return out
+
+
+def _whole_numbers(limits: Limits) -> tuple[tuple[str, int, int], ...]:
+    return (
+        ("steps", 1, limits.steps),
+        ("seed", 0, limits.seed),
+        ("num_images", 1, limits.images),
+        ("dense_steps", 0, limits.steps),
+    )
+
+
+def _size_asked(values: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) before it is rounded; models that are not of the registry count as 1024 pixels wide."""
+    from gensparse.models import REGISTRY
+
+    info = REGISTRY.get(values["model"])
+    native = info.native_size if info else 1024
+    return parse_size(values.get("size") or "1x").resolve(base=(native, native), multiple=1)[0]
+
+
+def _check_result(size: tuple[int, int], limits: Limits) -> None:
+    height, width = size
+    if max(size) > limits.side:
+        raise ConfigError(f"the result would be {width}x{height}; this server makes at most {limits.side} pixels a side")
+
+
+def _model(value: object, settings: Settings) -> str:
+    """A model that is on this machine; a folder only where nobody else can reach the server."""
+    name, known = _text("model", value, 200), models_here()
+    if name in known:
+        return name
+    from gensparse.models import REGISTRY, looks_like_path
+
+    if not settings.shared and looks_like_path(name):
+        return name
+    if name.lower() in REGISTRY:
+        raise ConfigError(f"model {name!r} is not on this machine; fetch it once with `gensparse generate -m {name}`")
+    raise ConfigError(unknown_name("model", name, known))
+
+
+def _attention(value: object, settings: Settings) -> str:
+    """A method that exists, without files on a shared server."""
+    from gensparse.engine.resolve import check_attention
+    from gensparse.engine.reuse import without_files
+
+    text = _text("attention", value, settings.limits.attention).strip()
+    check_attention(text)
+    _, files = without_files(text)
+    if settings.shared and files:
+        raise ConfigError(f"attention names a file ({', '.join(files)}), which this page does not open; leave it out")
+    return text
+
+
+def _lora(value: object) -> tuple[str, ...]:
+    items = value if isinstance(value, list | tuple) else str(value).splitlines()
+    return tuple(_text("lora", item, 1000).strip() for item in items if str(item).strip())
+
+
+# ------------------------------------------------------------------------------------------------------- single values
+def _text(name: str, value: object, most: int) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {short(value)}; give text")
+    if len(value) > most:
+        raise ConfigError(f"{name} has {len(value)} characters, this server reads at most {most}; shorten it")
+    return value
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    """A finite number; text that is one counts, because older clients send text."""
+    wrong = ConfigError(f"{name} is {short(value)}; give a number from {low:.15g} to {high:.15g}")
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 40:
+        raise wrong
+    try:
+        number = value if isinstance(value, int) else float(value)
+    except ValueError:
+        raise wrong from None
+    if not math.isfinite(number) or not low <= number <= high:
+        raise wrong
+    return number
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    number = _number(name, value, low, high)
+    if number != int(number):
+        raise ConfigError(f"{name} is {short(value)}; give a whole number from {low} to {high}")
+    return int(number)
+
+
+def _real(name: str, value: object, low: float, high: float) -> float:
+    return float(_number(name, value, low, high))

@@ -1,0 +1,127 @@
+"""The widgets that a request is made of; which values they allow is checked again in `forms`."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from gensparse.app.core import App
+from gensparse.app.forms import models_here
+from gensparse.app.render import esc
+from gensparse.errors import ConfigError, GensparseError
+from gensparse.methods import METHODS, method_class
+from gensparse.methods.describe import describe
+from gensparse.request import HIGHRES
+
+SIZES = (
+    ("1024 x 1024", "1024x1024"),
+    ("2048 x 2048", "2048x2048"),
+    ("4096 x 4096 (4K square)", "4096x4096"),
+    ("3840 x 2160 (4K wide)", "3840x2160"),
+    ("2160 x 3840 (4K tall)", "2160x3840"),
+    ("3072 x 4096", "3072x4096"),
+    ("7680 x 4320 (8K wide)", "7680x4320"),
+    ("8192 x 8192 (8K square)", "8192x8192"),
+    ("16:9 with 8 megapixels", "16:9@8mp"),
+)
+FACTORS = (("1.5 times", "1.5x"), ("2 times", "2x"), ("3 times", "3x"), ("4 times", "4x"))
+NOT_FOR_PICTURES = ("auto", "cosmos_sparse", "freescale", "hidiffusion", "msw_msa", "radial", "schedule", "scale_dit")
+"""Methods that the form does not offer: for videos, for UNets, or too long to type. Their text works all the same."""
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def supported(kind: Any, **options: Any) -> dict[str, Any]:
+    """Those options that this version of gradio knows."""
+    return {name: value for name, value in options.items() if name in inspect.signature(kind).parameters}
+
+
+def sizes(app: App, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """Sizes to choose from, those that the server makes."""
+    fitting = [item for item in SIZES if max(_sides(item[1])) <= app.limits.side]
+    return [*first, *fitting]
+
+
+def _sides(size: str) -> tuple[int, int]:
+    width, _, height = size.partition("x")
+    return (int(width), int(height)) if height else (0, 0)
+
+
+def model_choice() -> gr.Dropdown:
+    """The models that are on this machine."""
+    here = models_here()
+    return gr.Dropdown(
+        here, value=here[0], label="Model", info="Models whose files are on this machine", interactive=True, min_width=140
+    )
+
+
+def attention_choice() -> tuple[gr.Dropdown, gr.Textbox, gr.Markdown]:
+    """Method, its settings, and what they mean."""
+    names = ["auto", "dense", *(name for name in METHODS if name not in NOT_FOR_PICTURES)]
+    method = gr.Dropdown(
+        names, value="auto", label="Attention", info="How large stages attend", allow_custom_value=True, min_width=140
+    )
+    settings = gr.Textbox("", label="Settings", info="key=value, key=value; empty for the defaults", max_length=200)
+    about = gr.Markdown(method_words("auto"), elem_classes="gs-quiet")
+    method.input(_chosen, method, [settings, about], queue=False, **QUIET)
+    return method, settings, about
+
+
+def _chosen(name: str) -> tuple[str, str]:
+    if name in ("auto", "dense"):
+        return "", method_words(name)
+    try:
+        return describe(method_class(name))["text"].partition(":")[2], method_words(name)
+    except GensparseError as error:
+        return "", esc(error)
+
+
+def method_words(name: str) -> str:
+    """What a method is and what its settings mean, in Markdown."""
+    if name == "auto":
+        return "Dense while that is cheaper, then what the model's authors found best."
+    if name == "dense":
+        return "Every token sees every token: exact, and slow beyond 2048 pixels."
+    try:
+        facts = describe(method_class(name))
+    except ConfigError as error:
+        return esc(error)
+    settings = "\n".join(f"- `{key}`: {esc(text)}" for key, text in facts["settings"].items())
+    return f"{esc(facts['summary'])}\n\n{settings}"
+
+
+def highres_choice() -> gr.Radio:
+    return gr.Radio(
+        list(HIGHRES), value="auto", label="High resolution", info="cascade: grow in stages; none: one stage"
+    )
+
+
+def numbers(app: App) -> dict[str, Any]:
+    """Steps, guidance and seed; empty fields leave the choice to the model."""
+    limits = app.limits
+    out: dict[str, Any] = {}
+    with gr.Row():
+        out["steps"] = gr.Number(
+            None, label="Steps", info=f"1 to {limits.steps}; empty: the model's", precision=0, min_width=90
+        )
+        out["guidance"] = gr.Number(
+            None, label="Guidance", info=f"0 to {limits.guidance:g}; empty: the model's", min_width=90
+        )
+    with gr.Row():
+        out["seed"] = gr.Number(0, label="Seed", info="The same seed is the same picture", precision=0, min_width=120)
+        out["random_seed"] = gr.Checkbox(True, label="Random seed", info="A new one each time", min_width=120)
+    return out
+
+
+def request_values(shown: dict[str, Any]) -> dict[str, Any]:
+    """Values of the widgets as fields of a request: the opposite of `core.widget_values`."""
+    out = {name: value for name, value in shown.items() if value is not None and value != ""}
+    method, settings = str(out.pop("method", "auto")).strip(), str(out.pop("settings", "")).strip()
+    if method in ("auto", "dense") and not settings:
+        out["attention"] = method
+    else:
+        out["attention"] = f"{method}:{settings}" if settings else method
+    if out.pop("random_seed", False):
+        out.pop("seed", None)
+    return out
