@@ -48,6 +48,7 @@ def add(app: App) -> None:
         guidance: float | None = None,
         seed: int | None = None,
         negative_prompt: str = "",
+        highres: str = "auto",
         dense_steps: int = 0,
         more: dict | None = None,
     ) -> dict:
@@ -72,7 +73,8 @@ def add(app: App) -> None:
         """What a request will cost, as `gensparse plan --json` says it; with an image, of upscaling it."""
         values = _fields(locals(), more)
         kind = "generate" if image is None else "upscale"
-        values.pop("strength" if image is None else "highres")
+        if image is None:
+            values.pop("strength")
         return _told(lambda: _plan(app, kind, values, app.owner(request), image))
 
     def status(request: gr.Request, job: str = "") -> dict:

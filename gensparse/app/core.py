@@ -1,6 +1,6 @@
 """What every tab of the page shares: settings, visitors, jobs, and the forms that other tabs may fill."""
 
-import logging
+import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +10,8 @@ from typing import Any
 from gensparse.app.jobs import Engine, Job, Jobs
 from gensparse.app.sessions import COOKIE, Sessions
 from gensparse.app.settings import Settings
-from gensparse.errors import ConfigError
 from gensparse.request import GenerateRequest
 
-LOG = logging.getLogger(__name__)
 SWEEP = 600.0  # seconds between two looks for visitors who have gone
 
 
@@ -114,11 +112,11 @@ class App:
 
     # -- who asks
     def owner(self, request: Any) -> str:
-        """The visitor behind a `gr.Request`. Raises ConfigError for a request that says nothing about itself."""
+        """The visitor behind a `gr.Request`; one that says nothing about itself is a new visitor each time."""
         cookies = getattr(request, "cookies", None) or {}
         owner = self.sessions.owner(cookies.get(COOKIE), getattr(request, "session_hash", None))
         if owner is None:
-            raise ConfigError("the request has no session; open the page again, or use gradio_client")
+            return f"client-{secrets.token_hex(16)}"
         self.sessions.touch(owner)
         return owner
 

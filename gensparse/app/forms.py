@@ -10,6 +10,7 @@ from typing import Any
 
 from gensparse.app.settings import Limits, Settings
 from gensparse.errors import ConfigError, short, unknown_name
+from gensparse.highres.ways import parse_way
 from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
 
 SHARED_FIELDS = (
@@ -23,10 +24,11 @@ SHARED_FIELDS = (
     "guidance",
     "seed",
     "num_images",
+    "highres",
 )
 FIELDS = {
-    GenerateRequest.kind: (*SHARED_FIELDS, "highres"),
-    UpscaleRequest.kind: (*SHARED_FIELDS, "strength"),
+    GenerateRequest.kind: SHARED_FIELDS,
+    UpscaleRequest.kind: (*SHARED_FIELDS, "strength", "faithful"),
 }
 """What a visitor may decide, by kind of request."""
 
@@ -85,7 +87,9 @@ def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) 
         if name in given:
             out[name] = _real(name, given[name], 0.0, high)
     if "highres" in given:
-        out["highres"] = _text("highres", given["highres"], 20)
+        out["highres"] = _way(given["highres"], settings)
+    if "faithful" in given:
+        out["faithful"] = given["faithful"]
     if "size" in given:
         out["size"] = _text("size", given["size"], 40)
     out["model"] = _model(given.get("model", "embedded"), settings)
@@ -145,6 +149,15 @@ def _attention(value: object, settings: Settings) -> str:
     _, files = without_files(text)
     if settings.shared and files:
         raise ConfigError(f"attention names a file ({', '.join(files)}), which this page does not open; leave it out")
+    return text
+
+
+def _way(value: object, settings: Settings) -> str:
+    """A way to large sizes, without files on a shared server."""
+    text = _text("highres", value, settings.limits.attention)
+    if settings.shared and ("/" in text or "\\" in text):
+        raise ConfigError("highres names a file, which this page does not open; leave it out")
+    parse_way(text)
     return text
 
 

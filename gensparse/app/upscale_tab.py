@@ -64,7 +64,7 @@ def tab(app: App) -> None:
     gr.on([item.change for item in watched], estimate, inputs, cost, trigger_mode="always_last", **QUIET)
 
 
-_COSTLY = ("model", "size", "strength", "method", "settings", "steps", "guidance")
+_COSTLY = ("model", "size", "strength", "method", "settings", "steps", "guidance", "highres")
 
 
 def _draw_form(app: App, form: Form) -> list[Any]:
@@ -96,6 +96,8 @@ def _draw_form(app: App, form: Form) -> list[Any]:
         fields["method"], fields["settings"], _ = widgets.attention_choice()
     with gr.Accordion("More", open=False):
         fields |= widgets.numbers(app)
+        fields["highres"] = widgets.highres_choice()
+        fields["faithful"] = gr.Checkbox(True, label="Faithful", info="Correct the result until it shrinks to your picture")
         fields["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", lines=1, max_lines=4, max_length=limits.prompt, info="What to steer away from"
         )

@@ -10,9 +10,9 @@ from gensparse.app.core import App
 from gensparse.app.forms import models_here
 from gensparse.app.render import esc
 from gensparse.errors import ConfigError, GensparseError
+from gensparse.highres.ways import WAYS
 from gensparse.methods import METHODS, method_class
 from gensparse.methods.describe import describe
-from gensparse.request import HIGHRES
 
 SIZES = (
     ("1024 x 1024", "1024x1024"),
@@ -91,9 +91,14 @@ def method_words(name: str) -> str:
     return f"{esc(facts['summary'])}\n\n{settings}"
 
 
-def highres_choice() -> gr.Radio:
-    return gr.Radio(
-        list(HIGHRES), value="auto", label="High resolution", info="cascade: grow in stages; none: one stage"
+def highres_choice() -> gr.Dropdown:
+    """The ways to a large size; each family of models knows some of them."""
+    return gr.Dropdown(
+        ["auto", *WAYS],
+        value="auto",
+        label="High resolution",
+        info="How large sizes are reached; also NAME:key=value",
+        allow_custom_value=True,
     )
 
 
