@@ -120,12 +120,10 @@ class Job:
             return 0.0
         if event.phase == "write":
             part = 0.98
-        elif event.eta is not None and self.seconds + event.eta > 0:
+        elif event.eta is not None and event.pictures == 1 and self.seconds + event.eta > 0:
             part = self.seconds / (self.seconds + event.eta)
         else:
             part = (event.stage + event.step / max(1, event.steps)) / max(1, event.stages)
-        if event.pictures > 1 and event.eta is not None and event.phase != "write":
-            return min(0.99, part)
         return min(0.99, (event.picture + part) / max(1, event.pictures))
 
     def wait(self, timeout: float | None = None) -> bool:

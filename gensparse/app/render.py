@@ -26,11 +26,12 @@ from gensparse.request import Request, request_from_dict
 
 PREVIEW_SIDE = 512
 _JPEG_QUALITY = 82
+_TEMPLATE = {ord(letter): f"&#{ord(letter)};" for letter in "{}$`"}
 
 
 def esc(text: object) -> str:
-    """Text as HTML."""
-    return html.escape(str(text))
+    """Text as HTML, also inside templates: braces, dollars and backticks mean nothing in it either."""
+    return html.escape(str(text)).translate(_TEMPLATE)
 
 
 def error_card(text: str) -> str:

@@ -1,11 +1,11 @@
 """What the browser runs beside gradio: a viewer for large pictures, copy buttons, keys. One script, no other host."""
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from gensparse.app.render import esc
 from gensparse.engine.values import Output
 
 _HERE = Path(__file__).parent
@@ -36,12 +36,11 @@ def viewer(outputs: Sequence[Output]) -> str:
     if not pictures:
         return ""
     links = "".join(
-        f'<a class="gs-link" href="{html.escape(p["src"])}" download="{html.escape(p["name"])}">'
-        f"Download {html.escape(p['name'])} ({p['width']} x {p['height']}, PNG)</a>"
+        f'<a class="gs-link" href="{esc(p["src"])}" download="{esc(p["name"])}">'
+        f"Download {esc(p['name'])} ({p['width']} x {p['height']}, PNG)</a>"
         for p in pictures
     )
-    data = html.escape(json.dumps(pictures))
-    return f'<gs-viewer data-pictures="{data}"></gs-viewer><div class="gs-links">{links}</div>'
+    return f'<gs-viewer data-pictures="{esc(json.dumps(pictures))}"></gs-viewer><div class="gs-links">{links}</div>'
 
 
 def _name(item: Output) -> str:

@@ -26,6 +26,7 @@ from PIL import Image, TiffImagePlugin
 from gensparse.app import Limits, Settings
 from gensparse.app.server import Server
 from gensparse.engine.values import Result
+from gensparse.errors import ConfigError
 from gensparse.image_io import read_metadata
 
 SOON = 120.0
@@ -551,6 +552,15 @@ def test_a_shared_server_asks_for_its_password_and_takes_no_files(tmp_path: Path
         assert list((tmp_path / "out").iterdir())
         assert server.app.settings.shared
     assert not list((tmp_path / "out").iterdir()), "results of visitors go with the server"
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = Settings(port=taken.getsockname()[1], output_dir=tmp_path / "out", preload=False)
+        with pytest.raises(ConfigError, match="--port"), Server(settings, Nothing()):
+            pass
 
 
 def test_tiff_orientation_is_read_from_the_header(tmp_path: Path) -> None:

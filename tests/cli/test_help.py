@@ -28,8 +28,10 @@ VERBS = (
     "bench aot",
     "bench cpu",
     "bench kernels",
+    "bench quality",
     "tune",
     "calibrate",
+    "app",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 
