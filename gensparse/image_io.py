@@ -59,6 +59,14 @@ class Picture:
         return self.image.height, self.image.width
 
 
+@dataclass(frozen=True)
+class Header:
+    """A picture of which only the header was read: enough to plan with."""
+
+    size: tuple[int, int]  # (height, width) in pixels, upright
+    warnings: tuple[str, ...] = ()
+
+
 def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Picture:
     """Read an untrusted picture file.
 
@@ -84,6 +92,39 @@ def check_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -
     """Check a picture by its header only. Raises ConfigError as `read_image` does."""
     with _opened(path, max_pixels):
         pass
+
+
+def read_header(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Header:
+    """The size of an untrusted picture, without decoding it. Raises ConfigError as `read_image` does."""
+    with _opened(path, max_pixels) as (image, _):
+        size = (image.height, image.width)
+        turned = _orientation(image) in (5, 6, 7, 8)
+    return Header(size[::-1] if turned else size)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation where the header has it; `getexif` would decode a PNG to look behind its pixels."""
+    tags, block = getattr(image, "tag_v2", None), image.info.get("exif")
+    try:
+        if tags is None and isinstance(block, bytes):
+            tags = Image.Exif()
+            tags.load(block)
+        return int((tags or {}).get(0x0112, 1))
+    except Exception:  # a broken EXIF block turns nothing
+        return 1
+
+
+def is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether a picture that gensparse wrote is there to its end: a PNG by its last chunk, others by their header."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(8) == b"\x89PNG\r\n\x1a\n":
+                file.seek(-12, os.SEEK_END)
+                return file.read(8) == b"\0\0\0\0IEND"
+        check_image(path, max_pixels=2**62)
+    except (OSError, ConfigError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -259,10 +300,10 @@ def xmp_packet(*, from_picture: bool) -> bytes:
     return _XMP.format(type=_SOURCE_TYPE + kind).encode()
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str], *, limit: int = 1 << 20) -> dict[str, Any]:
     """Metadata that gensparse wrote into a picture, or a JSON sidecar. The content is untrusted.
 
-    Raises ConfigError when there is none or it does not parse.
+    Raises ConfigError when there is none, it has more than `limit` characters, or it does not parse.
     """
     if Path(path).suffix.lower() == ".json":
         text: object = _read_sidecar(path)
@@ -270,7 +311,30 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = _png_entry(path) or _embedded_comment(path)
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{_name(path)} holds no gensparse metadata; give a picture that gensparse wrote")
+    if len(text) > limit:
+        raise ConfigError(f"the metadata of {_name(path)} has {len(text)} characters, at most {limit} are read")
     return _parse_metadata(path, text)
+
+
+def read_parameters(path: str | os.PathLike[str]) -> str | None:
+    """The text that stable-diffusion-webui and its kin write into a picture; None where there is none. Untrusted.
+
+    Raises ConfigError for a file that is no picture.
+    """
+    with _opened(path, max_pixels=2**62) as (image, _):
+        text = image.info.get("parameters")
+        if isinstance(text, str) or image.format == "PNG":  # whose EXIF block would only be found by decoding it
+            return text if isinstance(text, str) else None
+        try:
+            comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+        except Exception:  # a broken EXIF block is a picture without metadata
+            return None
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        words = comment[8:]
+        return words.decode("utf-16-be" if words[:1] == b"\0" else "utf-16-le", "replace")
+    if isinstance(comment, bytes):
+        return comment.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace")
+    return comment if isinstance(comment, str) else None
 
 
 def _read_sidecar(path: str | os.PathLike[str]) -> str:
@@ -303,6 +367,8 @@ def _png_entry(path: str | os.PathLike[str]) -> str | None:
 def _embedded_comment(path: str | os.PathLike[str]) -> str | None:
     """The text in EXIF's UserComment (jpg, webp) or in TIFF's ImageDescription."""
     with _opened(path, max_pixels=2**62) as (image, _):
+        if image.format == "PNG":  # whose EXIF block would only be found by decoding it
+            return None
         try:
             comment = getattr(image, "tag_v2", {}).get(_DESCRIPTION_TAG)
             comment = comment or image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)

@@ -7,12 +7,15 @@ one query, and numbers are counted from the plan's tiles.
 import inspect
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from gensparse import patterns
+from gensparse.engine.reuse import FILES_OF_METHODS, without_files
 from gensparse.errors import ConfigError, unknown_name
 from gensparse.families import FAMILIES, Family, family_named
 from gensparse.layout import Grid, Layout, Segment
@@ -283,6 +286,7 @@ def settings_of(name: str) -> tuple[Setting, ...]:
     return tuple(
         Setting(key, _words(key), _text(value), facts["settings"].get(key, ""))
         for key, value in facts["defaults"].items()
+        if key not in FILES_OF_METHODS
     )
 
 
@@ -321,7 +325,7 @@ def pattern_of(name: str, values: Mapping[str, str]) -> Pattern:
     """
     cls = getattr(patterns, name)
     given = {item.name: _typed(values.get(item.name, "")) or item.value for item in settings_of(name)}
-    read = {key: parse_value(text) for key, text in given.items()}
+    read = {key: text if key == "bias" and text == "none" else parse_value(text) for key, text in given.items()}
     levels = {key: value if isinstance(value, tuple) else (value,) for key, value in read.items()}
     return cls(**(levels if name == "Pyramid" else read))
 
@@ -411,7 +415,9 @@ def look(
         joined = chosen if isinstance(chosen, patterns.Radial) or len(layout.segments) == 1 else chosen | Text()
         joined.bind(layout)  # refuses settings that do not fit the grid
         return _with_menu(replace(view, pattern=joined), None, None)
-    attention = attention_text(name, values)
+    attention, files = without_files(attention_text(name, values))
+    if files:
+        raise ConfigError(f"The lab reads no files; leave out {', '.join(files)}.")
     return _of_method(replace(view, attention=attention), layer, round(moment * (STEPS - 1)))
 
 
@@ -462,15 +468,11 @@ def _of_method(view: View, layer: int, step: int) -> View:
         known = getattr(what, "density", None)
         why = f"{acting.name} is an operator: it computes attention in several calls of its own instead of one mask."
         return replace(view, why=why, density=None if known is None else known(layout))
-    mask = None if model.level is not None else model.family.own_mask(None, layout) if False else None
-    what = what if mask is None else what & mask
     return _with_menu(replace(view, pattern=what), acting.heads(at, model.heads), model.heads)
 
 
 def _settled(method: Method, model: LabModel) -> Method:
     """The method with what it leaves to the model filled in; weights are never looked for."""
-    if isinstance(method, Auto):
-        return method.planned(None if model.info is None else model.info.profile, model.native_tokens)
     subject = Subject(model.family.name, _sketch(model), model.native_tokens)  # type: ignore[arg-type]
     if isinstance(method, MswMsa):  # the windows alone; what hidiffusion does besides needs the UNet itself
         return MswMsa.resolved(method, subject)
@@ -478,14 +480,21 @@ def _settled(method: Method, model: LabModel) -> Method:
 
 
 def _sketch(model: LabModel) -> Any:
-    """Stands for the denoiser where a method only asks for its class and the names of its modules."""
+    """Stands for the denoiser where a method only asks for its class, its folder and the names of its modules."""
 
     class Sketch:
+        config = SimpleNamespace(_name_or_path=_folder(model))
+
         def named_modules(self) -> list[tuple[str, None]]:
             return [(name, None) for name in model.sites]
 
     Sketch.__name__ = model.model_class
     return Sketch()
+
+
+def _folder(model: LabModel) -> str:
+    """Where the model's profile lies; "" without one."""
+    return str(Path(model.info.profile).parent) if model.info is not None and model.info.profile else ""
 
 
 def _anchors(method: Method, layout: Layout) -> tuple[Segment, ...]:

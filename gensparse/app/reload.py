@@ -85,9 +85,9 @@ def _reload(path: str | Path, models: Collection[str] | None) -> Reloaded:
         values, rest = parse_parameters(text) if text is not None and len(text) <= LIMIT else ({}, ())
         if text is None or not values:
             raise error
-        checked, dropped = _checked(GenerateRequest, values)
+        accepted, dropped = checked(GenerateRequest, values)
         dropped |= dict.fromkeys(map(plain, rest), "only prompt, steps, seed and size are taken from other tools")
-        return Reloaded(GenerateRequest.kind, checked, dropped, plain(text, LIMIT, lines=True), foreign=True)
+        return Reloaded(GenerateRequest.kind, accepted, dropped, plain(text, LIMIT, lines=True), foreign=True)
     request = metadata["request"]
     kind = request.get("kind", GenerateRequest.kind)
     if not isinstance(kind, str) or kind not in KINDS:
@@ -95,9 +95,9 @@ def _reload(path: str | Path, models: Collection[str] | None) -> Reloaded:
     if request.get("version", VERSION) != VERSION:
         raise ConfigError(f"the picture's settings have version {short(request['version'])}; update gensparse")
     values, dropped = _sorted(KINDS[kind], request, metadata, models)
-    checked, wrong = _checked(KINDS[kind], values)
+    accepted, wrong = checked(KINDS[kind], values)
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
-    return Reloaded(kind, checked, dropped | wrong, plain(text, 4 * LIMIT, lines=True))
+    return Reloaded(kind, accepted, dropped | wrong, plain(text, 4 * LIMIT, lines=True))
 
 
 def _sorted(
@@ -136,18 +136,18 @@ def _why_not_model(value: Any, models: Collection[str] | None) -> str | None:
     return "this page does not offer that model" if models is not None and value not in models else None
 
 
-def _checked(cls: type[Request], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def checked(cls: type[Request], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """(what the request's own checks accept, in their form; what they refuse, with their words)."""
     accepted: dict[str, Any] = {}
     refused: dict[str, str] = {}
     own = {"image": "x"} if cls is UpscaleRequest else {}
     for key, value in values.items():
         try:
-            checked = getattr(cls(**{key: value, **own}), key)
+            read = getattr(cls(**{key: value, **own}), key)
         except (ConfigError, TypeError, ValueError) as error:
             refused[key] = plain(str(error), 200)
         else:
-            accepted[key] = list(checked) if isinstance(checked, tuple) else checked
+            accepted[key] = list(read) if isinstance(read, tuple) else read
     return accepted, refused
 
 

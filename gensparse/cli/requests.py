@@ -1,6 +1,5 @@
 """From flags to a request: a file or preset to start from, then what was typed."""
 
-import json
 import os
 import re
 import sys
@@ -10,11 +9,9 @@ from typing import Any
 
 from gensparse.cli.options import OUTPUT_OPTIONS
 from gensparse.cli.state import STATE
-from gensparse.errors import ConfigError, OutputError, short
-from gensparse.request import MAX_PROMPT_CHARS, GenerateRequest, Request, UpscaleRequest, request_from_dict
+from gensparse.errors import ConfigError, short
+from gensparse.request import MAX_PROMPT_CHARS, GenerateRequest, Request, UpscaleRequest
 
-# what a picture or a JSON file of unknown origin may not decide
-UNTRUSTED = ("trust_remote_code", "device", "offload", "max_vram", "local_files_only", "token", "image")
 _NOT_FIELDS = ("width", "height", "config", "from_file", "preset", "save_preset", *OUTPUT_OPTIONS)
 
 
@@ -40,15 +37,18 @@ def _build(cls: type[Request], flags: Mapping[str, Any], prompt: str | None, own
     if "width" in flags or "height" in flags:
         values["size"] = _sides(flags)
     if "config" in flags:
+        from gensparse.engine.presets import read_object
         from gensparse.methods.describe import method_text
 
-        values["attention"] = method_text(read_json(flags["config"]))
+        values["attention"] = method_text(read_object(flags["config"]))
     if isinstance(values.get("dense_layers"), str):
         values["dense_layers"] = _layers(values["dense_layers"])
     values["local_files_only"] = bool(values.get("local_files_only", False)) or STATE.offline
     values["token"] = os.environ.get("HF_TOKEN") or None
     request = cls.from_dict({"kind": cls.kind, **values})
     if "save_preset" in flags:
+        from gensparse.engine.presets import save_preset
+
         save_preset(flags["save_preset"], request)
     return request
 
@@ -59,10 +59,13 @@ def _start(cls: type[Request], flags: Mapping[str, Any]) -> dict[str, Any]:
     if "preset" in flags and "from_file" in flags:
         raise ConfigError("--preset and --from are both given; use one of them")
     if "preset" in flags:
-        data = read_json(_preset_path(flags["preset"]))
+        from gensparse.engine.presets import read_preset
+
+        data = read_preset(flags["preset"])
         return {k: v for k, v in data.items() if k not in ("kind", "version")}
     if "from_file" not in flags:
         return {}
+    from gensparse.engine.reuse import request_of
     from gensparse.image_io import read_metadata
 
     metadata = read_metadata(flags["from_file"])
@@ -70,57 +73,6 @@ def _start(cls: type[Request], flags: Mapping[str, Any]) -> dict[str, Any]:
     if kind != cls.kind:
         raise ConfigError(f"{flags['from_file'].name!r} was made by {short(kind)}; use the command of that name")
     return request_of(metadata)
-
-
-def request_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked request of a picture's metadata, without what a stranger's file must not decide."""
-    data = dict(metadata["request"])
-    if metadata.get("prompt_omitted"):
-        data.pop("prompt", None)
-    return _trusted(data)
-
-
-def _trusted(data: Mapping[str, Any]) -> dict[str, Any]:
-    from gensparse.models import looks_like_path
-
-    kept = {k: v for k, v in data.items() if k not in UNTRUSTED}
-    if isinstance(kept.get("model"), str) and looks_like_path(kept["model"]):
-        raise ConfigError("the request names a model by a path, which is not followed; name the model with -m")
-    probe = {**kept, "image": "x"} if kept.get("kind") == UpscaleRequest.kind else kept
-    checked = request_from_dict(probe).to_dict()
-    return {k: checked[k] for k in kept if k not in ("kind", "version")}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object from a file. Raises ConfigError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            data = json.loads(file.read(1 << 20))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not valid JSON"
-        raise ConfigError(f"cannot read {path.name!r}: {reason}; give a JSON file") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f'{path.name!r} holds no JSON object; give a file such as {{"method": "clear"}}')
-    return data
-
-
-def _preset_path(name: str) -> Path:
-    import typer
-
-    if not re.fullmatch(r"[\w.-]{1,64}", name) or name.startswith("."):
-        raise ConfigError(f"preset name is {name[:64]!r}; use letters, digits, dots and dashes")
-    return Path(typer.get_app_dir("gensparse")) / "presets" / f"{name}.json"
-
-
-def save_preset(name: str, request: Request) -> None:
-    """Keep a request under a name, without prompt, seed and machine settings."""
-    path = _preset_path(name)
-    data = {k: v for k, v in request.to_dict().items() if k not in (*UNTRUSTED, "prompt", "seed", "num_images")}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot save preset {name!r}: {error.strerror}; check your home folder") from error
 
 
 # ------------------------------------------------------------------------------------------------------- single flags

@@ -17,7 +17,7 @@ def describe(cls: type[Method]) -> dict[str, Any]:
         "use"; "text", what to type for the defaults; "defaults" {setting: value}; "settings" {setting: what it is};
         "presets" {model: its published settings as text}.
     """
-    about, settings = _docs(cls)
+    about, settings = docs(cls)
     defaults = {item.name: _default(item) for item in fields(cls) if item.init}
     return {
         "name": cls.name,
@@ -64,8 +64,8 @@ def _lists(value: Any) -> Any:
     return [_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _docs(cls: type[Method]) -> tuple[str, dict[str, str]]:
-    """(what stands before `Args:` in the docstring, setting -> what stands there about it)."""
+def docs(cls: type) -> tuple[str, dict[str, str]]:
+    """(what stands before `Args:` in the docstring of a dataclass, setting -> what stands there about it)."""
     head, _, rest = (inspect.getdoc(cls) or "").partition("\n\nArgs:\n")
     block = inspect.cleandoc(re.split(r"\n\n(?=\w+:\n)", rest)[0]) if rest else ""
     known = [item.name for item in fields(cls)]

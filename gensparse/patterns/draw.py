@@ -1,6 +1,6 @@
 """Pictures of what one query sees. Loaded on first use, because it needs Pillow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from textwrap import wrap
@@ -25,6 +25,7 @@ PAPER: Colour = (255, 255, 255)
 INK: Colour = (32, 33, 36)
 
 MARGIN, LINE, FONT = 12, 18, 13  # pixels
+BARE_TOP = MARGIN + LINE // 2 + LINE  # pixels above the frames of the target in a bare drawing
 NARROWEST = 360  # pixels of a canvas, so that titles have room
 WIDEST = 1400  # pixels of frames side by side; further frames go below
 MOST_PIXELS = 64 << 20
@@ -51,21 +52,28 @@ class Sheet:
         columns: frames side by side.
         rows: lines of frames.
         gap: pixels between frames.
+        frames: how many there are.
     """
 
     frame: Span
     columns: int
     rows: int
     gap: int
-    titled: bool
+    frames: int
+
+    @property
+    def titled(self) -> bool:
+        """Whether every frame has its number above it."""
+        return self.frames > 1
 
     @classmethod
-    def of(cls, panel: Panel) -> "Sheet":
-        frames, height, width, _ = panel.cells.shape
-        frame = (height * panel.size[0], width * panel.size[1])
-        gap = max(8, panel.size[1])
+    def of(cls, grid: Grid, size: Span) -> "Sheet":
+        """Of a segment's grid (F, H, W) whose cells have `size` pixels."""
+        frames, height, width = grid
+        frame = (height * size[0], width * size[1])
+        gap = max(8, size[1])
         columns = max(1, min(frames, (WIDEST + gap) // (frame[1] + gap)))
-        return cls(frame, columns, ceil(frames / columns), gap, frames > 1)
+        return cls(frame, columns, ceil(frames / columns), gap, frames)
 
     @property
     def step(self) -> Span:
@@ -75,6 +83,26 @@ class Sheet:
     @property
     def size(self) -> Span:
         return self.rows * self.step[0] - self.gap, self.columns * self.step[1] - self.gap
+
+
+class Drawing(NamedTuple):
+    """A picture of what one query sees, and how many of how many keys that are."""
+
+    image: Image.Image
+    sees: int
+    keys: int
+
+
+def token_at(grid: Grid, scale: int, x: int, y: int) -> Grid | None:
+    """(frame, row, column) of the token of the target at a pixel of a bare drawing; None beside the target."""
+    sheet = Sheet.of(grid, (scale, scale))
+    (line, down), (column, right) = divmod(y - BARE_TOP, sheet.step[0]), divmod(x - MARGIN, sheet.step[1])
+    down -= LINE if sheet.titled else 0
+    frame = line * sheet.columns + column
+    inside = 0 <= down < sheet.frame[0] and 0 <= right < sheet.frame[1]
+    if not inside or line < 0 or not 0 <= column < sheet.columns or frame >= sheet.frames:
+        return None
+    return frame, down // scale, right // scale
 
 
 def draw_pattern(
@@ -87,17 +115,39 @@ def draw_pattern(
     data: Mapping[str, Any] | None = None,
 ) -> Image.Image:
     """What `Pattern.draw` gives, see there."""
+    return drawn(pattern, layout, query, group=group, scale=scale, data=data).image
+
+
+def drawn(
+    pattern: Pattern,
+    layout: Layout,
+    query: int | tuple[int, ...],
+    *,
+    group: int = 0,
+    scale: int = 8,
+    data: Mapping[str, Any] | None = None,
+    bare: bool = False,
+) -> Drawing:
+    """What `Pattern.draw` gives, and where its tokens are.
+
+    Args:
+        bare: leave out the title and the legend, for pages that have their own.
+    """
     scale = whole_number("draw scale", scale, high=64, unit="pixels of a token")
     rule = pattern.bind(layout, {name: np.asarray(array) for name, array in (data or {}).items()})
     group = whole_number("draw group", group, low=0, high=rule.groups - 1)
     segment, position = _query(layout, query)
     seen = _seen(rule, segment, position, group)
     panels = _panels(rule, seen, segment, position, scale)
+    if bare:
+        return Drawing(_canvas([], panels, scale), int(seen.sum()), len(seen))
     own = layout.segments[segment]
     menu = f" (entry {group} of a menu of {rule.groups})" if rule.groups > 1 else ""
     place = ", ".join(str(p) for p, n in zip(position, own.shape, strict=True) if n > 1) or "0"
     sight = f"query ({place}) of {_name(own)} sees {int(seen.sum())} of {len(seen)} keys{menu}"
-    return _canvas([repr(pattern), sight], panels, scale, bool(rule.sources))
+    legend = [("query", QUERY), ("sees", SEEN), ("sees not", HIDDEN)]
+    legend += [("sees, extra key", EXTRA)] if rule.sources else []
+    return Drawing(_canvas([repr(pattern), sight], panels, scale, legend), int(seen.sum()), len(seen))
 
 
 def _query(layout: Layout, query: int | tuple[int, ...]) -> tuple[int, Grid]:
@@ -174,13 +224,15 @@ def _unrolled(rule: Rule, position: Grid, number: int) -> Grid:
     return position if part.grid is not None else (0, *divmod(position[2], _run_columns(rule, part.length)))
 
 
-def _canvas(title: list[str], panels: list[Panel], scale: int, extra: bool) -> Image.Image:
-    sheets = [Sheet.of(panel) for panel in panels]
+def _canvas(
+    title: list[str], panels: list[Panel], scale: int, legend: Sequence[tuple[str, Colour]] = ()
+) -> Image.Image:
+    sheets = [Sheet.of(panel.cells.shape[:3], panel.size) for panel in panels]
     font = ImageFont.load_default(FONT)
     labels = (ceil(font.getlength(panel.label)) for panel in panels)
     width = max(NARROWEST, *labels, *(sheet.size[1] for sheet in sheets))
     title = [line for text in title for line in wrap(text, int(0.97 * width * len(text) / font.getlength(text)))]
-    height = LINE * len(title) + sum(sheet.size[0] + 2 * LINE for sheet in sheets) + 2 * LINE
+    height = LINE * len(title) + sum(sheet.size[0] + 2 * LINE for sheet in sheets) + (2 * LINE if legend else 0)
     width, height = width + 2 * MARGIN, height + 2 * MARGIN
     if width * height > MOST_PIXELS:
         raise ConfigError(
@@ -198,7 +250,7 @@ def _canvas(title: list[str], panels: list[Panel], scale: int, extra: bool) -> I
         top += LINE
         _paste(image, pen, panel, sheet, top, font)
         top += sheet.size[0] + LINE // 2
-    _legend(pen, MARGIN, top + LINE // 2, font, extra)
+    _legend(pen, MARGIN, top + LINE // 2, font, legend)
     return image
 
 
@@ -234,9 +286,8 @@ def _mark(pen: ImageDraw.ImageDraw, x: int, y: int, size: int) -> None:
         pen.ellipse((x - 5, y - 5, x + size + 4, y + size + 4), outline=QUERY, width=2)
 
 
-def _legend(pen: ImageDraw.ImageDraw, x: int, y: int, font: Any, extra: bool) -> None:
-    entries = [("query", QUERY), ("sees", SEEN), ("sees not", HIDDEN)]
-    for word, colour in [*entries, ("sees, extra key", EXTRA)] if extra else entries:
+def _legend(pen: ImageDraw.ImageDraw, x: int, y: int, font: Any, entries: Sequence[tuple[str, Colour]]) -> None:
+    for word, colour in entries:
         pen.rectangle((x, y + 2, x + 11, y + 13), fill=colour)
         pen.text((x + 17, y), word, INK, font)
         x += 17 + ceil(font.getlength(word)) + 16
