@@ -122,7 +122,9 @@ def _size_asked(values: Mapping[str, Any]) -> tuple[int, int]:
 def _check_result(size: tuple[int, int], limits: Limits) -> None:
     height, width = size
     if max(size) > limits.side:
-        raise ConfigError(f"the result would be {width}x{height}; this server makes at most {limits.side} pixels a side")
+        raise ConfigError(
+            f"the result would be {width}x{height}; this server makes at most {limits.side} pixels a side"
+        )
 
 
 def _model(value: object, settings: Settings) -> str:
@@ -132,6 +134,8 @@ def _model(value: object, settings: Settings) -> str:
         return name
     from gensparse.models import REGISTRY, looks_like_path
 
+    if "://" in name:
+        raise ConfigError("model is an address, which is not fetched; choose a model that is on this machine")
     if not settings.shared and looks_like_path(name):
         return name
     if name.lower() in REGISTRY:
@@ -145,10 +149,13 @@ def _attention(value: object, settings: Settings) -> str:
     from gensparse.engine.reuse import without_files
 
     text = _text("attention", value, settings.limits.attention).strip()
+    if settings.shared:  # before a method is made of it, which may open files
+        _, files = without_files(text)
+        if files:
+            raise ConfigError(
+                f"attention names a file ({', '.join(files)}), which this page does not open; leave it out"
+            )
     check_attention(text)
-    _, files = without_files(text)
-    if settings.shared and files:
-        raise ConfigError(f"attention names a file ({', '.join(files)}), which this page does not open; leave it out")
     return text
 
 
@@ -162,8 +169,16 @@ def _way(value: object, settings: Settings) -> str:
 
 
 def _lora(value: object) -> tuple[str, ...]:
+    """LoRA files of this machine; nothing is looked for elsewhere."""
+    from gensparse.engine.loading import check_lora, parse_lora
+
     items = value if isinstance(value, list | tuple) else str(value).splitlines()
-    return tuple(_text("lora", item, 1000).strip() for item in items if str(item).strip())
+    out = tuple(_text("lora", item, 1000).strip() for item in items if str(item).strip())
+    check_lora(out)
+    for item in out:
+        if not Path(parse_lora(item)[0]).is_file():
+            raise ConfigError(f"lora {short(item)} is no file on this machine; give PATH or PATH:SCALE")
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------- single values

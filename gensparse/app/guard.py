@@ -89,7 +89,9 @@ class Guard:
             self.sessions.touch(owner)
         if path.startswith(FILE):
             self._check_file(path.removeprefix(FILE), owner)
-            send = _with_headers(send, [("cache-control", "private, max-age=3600"), ("x-content-type-options", "nosniff")])
+            send = _with_headers(
+                send, [("cache-control", "private, max-age=3600"), ("x-content-type-options", "nosniff")]
+            )
         elif path.startswith(HEARTBEAT):
             await self._heartbeat(scope, receive, send, owner, path.removeprefix(HEARTBEAT))
             return
@@ -134,7 +136,9 @@ class Guard:
         return noting
 
     # -- presence
-    async def _heartbeat(self, scope: Scope, receive: Receive, send: Send, owner: str | None, session_hash: str) -> None:
+    async def _heartbeat(
+        self, scope: Scope, receive: Receive, send: Send, owner: str | None, session_hash: str
+    ) -> None:
         """A page keeps this request open as long as it is there."""
         here = owner or self.sessions.owner(None, session_hash.strip("/"))
         if here is None:
@@ -241,7 +245,7 @@ def _cookie(header: str) -> str | None:
 def _is_address(path: str) -> bool:
     """Whether a path is something to fetch, also when it is written with escapes."""
     plain = unquote(unquote(path))
-    return any(_ADDRESS.match(text) and not _DRIVE.match(text) or "://" in text for text in (path, plain))
+    return any((_ADDRESS.match(text) and not _DRIVE.match(text)) or "://" in text for text in (path, plain))
 
 
 def _names_file(data: MutableMapping[str, Any]) -> bool:

@@ -123,7 +123,9 @@ class Panel:
         done = {"cancel": gr.update(visible=False), "timer": gr.Timer(active=False), "card": render.job_card(job)}
         original = self._original(job)
         if original is not None:
-            slider = self._slider(job.owner, original.result.outputs[0].path, job, original) if job.result else gr.skip()
+            slider = (
+                self._slider(job.owner, original.result.outputs[0].path, job, original) if job.result else gr.skip()
+            )
             return self._only(**done, slider=slider, watched=(original.id, original.revision), **self._shown(original))
         shown = self._shown(job) if isinstance(job.result, Result) and job.result.outputs else {}
         return self._only(**done, **shown, watched=(job.id, job.revision))

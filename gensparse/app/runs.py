@@ -102,7 +102,7 @@ def why_no_twin(app: App, job: Job) -> str | None:
         return "it is dense already"
     side = max(job.result.outputs[0].width, job.result.outputs[0].height)
     if side > app.limits.dense:
-        return f"dense attention at {side} pixels would take too long here; it is offered up to {app.limits.dense}"
+        return f"dense attention at {side} pixels takes too long here; it is offered up to {app.limits.dense}"
     return None
 
 
@@ -134,7 +134,7 @@ def pair(app: App, owner: str, left: Path, right: Path) -> tuple[str, str]:
     return out[0], out[1]
 
 
-# --------------------------------------------------------------------------------------------------------------- telling
+        return f"dense attention takes too long at {side} pixels; it is offered up to {app.limits.dense}"
 def view(app: App, job: Job) -> dict[str, Any]:
     """A job as JSON data: what the API answers."""
     from gensparse.app.render import job_words

@@ -97,7 +97,9 @@ def _draw_form(app: App, form: Form) -> list[Any]:
     with gr.Accordion("More", open=False):
         fields |= widgets.numbers(app)
         fields["highres"] = widgets.highres_choice()
-        fields["faithful"] = gr.Checkbox(True, label="Faithful", info="Correct the result until it shrinks to your picture")
+        fields["faithful"] = gr.Checkbox(
+            True, label="Faithful", info="Correct the result until it shrinks to your picture"
+        )
         fields["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", lines=1, max_lines=4, max_length=limits.prompt, info="What to steer away from"
         )

@@ -52,7 +52,12 @@ def model_choice() -> gr.Dropdown:
     """The models that are on this machine."""
     here = models_here()
     return gr.Dropdown(
-        here, value=here[0], label="Model", info="Models whose files are on this machine", interactive=True, min_width=140
+        here,
+        value=here[0],
+        label="Model",
+        info="Models whose files are on this machine",
+        interactive=True,
+        min_width=140,
     )
 
 

@@ -9,10 +9,10 @@ NETWORK, LIMITS = "Network", "Limits"
 
 
 def serve(
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on.", rich_help_panel=NETWORK)
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port, 1 to 65535; 0 takes a free one.", rich_help_panel=NETWORK)] = 7860,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=NETWORK)] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", help="Port, 1 to 65535; 0 takes a free one.", rich_help_panel=NETWORK)
+    ] = 7860,
     listen: Annotated[
         bool, typer.Option("--listen", help="Let other machines in (address 0.0.0.0).", rich_help_panel=NETWORK)
     ] = False,
@@ -44,9 +44,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="auto|cpu|cuda|cuda:1|mps.", rich_help_panel=LIMITS)
-    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto|cpu|cuda|cuda:1|mps.", rich_help_panel=LIMITS)] = "auto",
 ) -> None:
     """Make and enlarge pictures in the browser; needs `pip install 'gensparse[app]'`.
 

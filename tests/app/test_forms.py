@@ -79,11 +79,15 @@ def test_fault_29_fields_that_name_files_secrets_or_the_machine_are_refused(sett
         forms.upscale_request({name: True}, settings, HERE, (64, 64))
 
 
-@pytest.mark.parametrize("lora", ["../../x.safetensors", "/etc/passwd", "a.safetensors:0.5"])
-def test_fault_29_lora_files_are_for_the_person_at_the_machine(lora: str) -> None:
+@pytest.mark.parametrize("lora", ["../../x.safetensors", "/etc/passwd.bin", "owner/name", "http://169.254.169.254/a"])
+def test_fault_29_lora_files_are_for_the_person_at_the_machine(lora: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lora is not accepted by this page"):
         generate(SHARED, lora=lora)
-    assert generate(LOCAL, lora=f"{lora}\n").lora == (lora,)
+    with pytest.raises(GensparseError):
+        generate(LOCAL, lora=lora)
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(b"")
+    assert generate(LOCAL, lora=f"{file}:0.5\n\n").lora == (f"{file}:0.5",)
 
 
 @pytest.mark.parametrize("model", ["/models/flux", "../flux", "C:\\flux", "~/flux", "a/b/c", "flux.ckpt"])
@@ -127,8 +131,11 @@ def test_a_smaller_server_makes_smaller_pictures() -> None:
             generate(small, size=size)
 
 
-def test_forms_and_requests_are_each_other_backwards() -> None:
-    request = generate(attention="clear:radius=8", seed=3, size="512x512", steps=4, lora="a.safetensors\nb.safetensors:2")
+def test_forms_and_requests_are_each_other_backwards(tmp_path: Path) -> None:
+    loras = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in loras:
+        file.write_bytes(b"")
+    request = generate(attention="clear:radius=8", seed=3, size="512x512", steps=4, lora=f"{loras[0]}\n{loras[1]}:2")
     shown = widget_values(json.loads(json.dumps(request.to_dict())))
     assert (shown["method"], shown["settings"], shown["seed"], shown["random_seed"]) == ("clear", "radius=8", 3, False)
     known = forms.FIELDS["generate"] + forms.LOCAL_FIELDS

@@ -20,7 +20,9 @@ def job(state: State = State.RUNNING, **facts) -> Job:
 
 
 def result(prompt: str = "a star", **fields) -> Result:
-    request = GenerateRequest(prompt=prompt, seed=(7,), size="512x512", steps=4, guidance=3.5, attention="clear:radius=8")
+    request = GenerateRequest(
+        prompt=prompt, seed=(7,), size="512x512", steps=4, guidance=3.5, attention="clear:radius=8"
+    )
     output = Output("/out/0001.png", 512, 512, 7, "0" * 64, None)
     stages = [
         {"stage": 0, "width": 256, "height": 256, "method": "dense"},

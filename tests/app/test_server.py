@@ -83,7 +83,20 @@ class Visitor:
 
     def upscale(self, image: Any, size: str = "96x64", **fields: Any) -> dict[str, Any]:
         return self.call(
-            "upscale", image, size, 0.3, "", "embedded", "dense", 2, None, 1, "", "auto", 0, {"faithful": False, **fields}
+            "upscale",
+            image,
+            size,
+            0.3,
+            "",
+            "embedded",
+            "dense",
+            2,
+            None,
+            1,
+            "",
+            "auto",
+            0,
+            {"faithful": False, **fields},
         )
 
     def upload(self, name: str, data: bytes) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def visitor(server: Running) -> Visitor:
     return Visitor(server.url)
 
 
-# ---------------------------------------------------------------------------------------------------------- ordinary use
+# ------------------------------------------------------------------------------------------------------- ordinary use
 def test_a_picture_from_prompt_to_file(server: Running, visitor: Visitor) -> None:
     answer = visitor.generate("a red circle left of a blue star", size="80x64", steps=2, seed=5)
     assert answer["state"] in ("queued", "running")
@@ -197,7 +210,7 @@ def test_a_page_that_is_loaded_again_finds_its_job(server: Running, visitor: Vis
         if dep["inputs"]:
             continue
         answer = again.http.post("/gradio_api/run/load", json={**body, "fn_index": dep["id"]})
-        found.append(job in answer.text or "role=\\\"progressbar" in answer.text or "queue" in answer.text)
+        found.append(job in answer.text or 'role=\\"progressbar' in answer.text or "queue" in answer.text)
     assert any(found)
     assert again.call("cancel", job)["state"] in ("running", "cancelled")
     assert again.ended(job)["state"] == "cancelled"
@@ -221,7 +234,7 @@ def test_the_python_client_can_use_the_endpoints(server: Running, tmp_path: Path
         client.close()
 
 
-# ------------------------------------------------------------------------------------------------ 28: pictures of strangers
+# ----------------------------------------------------------------------------------------- 28: pictures of strangers
 def png(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, options.pop("format", "PNG"), **options)
@@ -235,7 +248,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+    )
 
 
 def gradient(mode: str = "RGB", size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -334,7 +349,7 @@ def test_fault_28_uploads_end_at_their_limit(server: Running, visitor: Visitor) 
         {"output": "../x.png"},
         {"trust_remote_code": True},
         {"token": "hf_secret"},
-        {"lora": "../../../etc/passwd.bin"},
+        {"lora": "../../../etc/passwd.safetensors"},
     ],
     ids=str,
 )
@@ -378,7 +393,9 @@ def test_fault_29_no_file_outside_is_served_and_no_address_fetched(visitor: Visi
         assert "root:" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "http://169.254.169.254/x.png", "file:///etc/passwd", "\0"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../secret.png", "http://169.254.169.254/x.png", "file:///etc/passwd", "\0"]
+)
 def test_fault_29_pictures_are_uploads_and_nothing_else(server: Running, visitor: Visitor, path: str) -> None:
     (server.folder / "secret.png").write_bytes(png(gradient()))
     for image in ({"path": path, "meta": {"_type": "gradio.FileData"}}, {"path": path}, path, {"url": path}):
