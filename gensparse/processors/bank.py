@@ -4,11 +4,12 @@ Anchors of a low-resolution picture are recorded once for all steps, references 
 step. What is kept comes after norms and rotary embedding, as the attention call receives it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gensparse.errors import ConfigError
 from gensparse.layout import Segment
 
 Pair = tuple[Tensor, Tensor]
@@ -40,10 +41,26 @@ class Bank:
         """The sources of one site, by name."""
         return dict(self._kept.get(site, {}))
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of every source: its tokens, their grid (rows, columns), and the memory that all sites keep of it."""
+        segments = {own.name: own for kept in self._segments.values() for own in kept.values()}
+        return {
+            name: {
+                "tokens": segment.length,
+                "grid": list(segment.shape[-2:]),
+                "bytes": sum(_bytes(x) for own in self._kept.values() for x in own.get(name, ())),
+            }
+            for name, segment in segments.items()
+        }
+
     @property
     def bytes(self) -> int:
         """Memory of everything kept."""
-        return sum(x.numel() * x.element_size() for own in self._kept.values() for pair in own.values() for x in pair)
+        return sum(_bytes(x) for own in self._kept.values() for pair in own.values() for x in pair)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 class Record(NamedTuple):
@@ -59,3 +76,58 @@ class Record(NamedTuple):
         """Keep the part of k and v [B, S, H, D] that was asked for."""
         part = slice(self.start, self.start + self.segment.length)
         self.bank.keep(self.role, site, self.segment, k[:, part], v[:, part])
+
+
+class StepBank:
+    """Keys and values of pictures by step, half of guidance, site and name: what one run keeps for later ones.
+
+    Args:
+        device: where they are kept, such as "cpu"; None where they are computed. Elsewhere they are copied at every
+            use.
+
+    `steps` is the length of the run that wrote it, None where nobody knew.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = device
+        self._kept: dict[tuple[int, int], dict[tuple[str, str], Pair]] = {}
+        self._names: dict[str, None] = {}
+        self.steps: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the pictures, in the order in which they came."""
+        return tuple(self._names)
+
+    def keep(self, step: int, half: int, site: str, name: str, k: Tensor, v: Tensor) -> None:
+        """Keep k and v [tokens, H, D] of a picture, instead of what it had."""
+        pair = tuple(x.detach().to(self.device or x.device, copy=True) for x in (k, v))
+        self._kept.setdefault((step, half), {})[site, name] = (pair[0], pair[1])
+        self._names[name] = None
+
+    def pair(self, step: int, half: int, site: str, name: str, like: Tensor) -> Pair:
+        """What was kept, with the device and dtype of `like`.
+
+        Raises:
+            ConfigError: nothing was kept for this step, half, site or name.
+        """
+        kept = self._kept.get((step, half))
+        if kept is None:
+            steps = len({known for known, _ in self._kept})
+            raise ConfigError(
+                f"The bank holds {steps} steps and no {'conditional' if half else 'unconditional'} half of step "
+                f"{step}; write it in a run of as many steps, with guidance where the later run has it."
+            )
+        if (site, name) not in kept:
+            raise ConfigError(
+                f"The bank holds nothing of {name!r} at {site} in step {step}; write it with the same method and "
+                f"layers. It has {', '.join(self.names)}."
+            )
+        k, v = kept[site, name]
+        return k.to(like), v.to(like)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of everything kept."""
+        pairs = [pair for kept in self._kept.values() for pair in kept.values()]
+        return sum(x.numel() * x.element_size() for pair in pairs for x in pair)

@@ -36,6 +36,19 @@ def to_grid(mask: Tensor, grid: tuple[int, int], mode: str = "nearest", threshol
     return resized if mode == "bilinear" else resized.to(mask.dtype)
 
 
+def token_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A mask [H, W] on a token grid, bool [rows, columns], as IR-Diffusion (2411.19261) makes it.
+
+    Four pixels are weighed, and tokens that reach more than three quarters of the largest value count: in practice
+    those whose four pixels are all inside.
+    """
+    resized = to_grid(mask, grid, "bilinear")
+    low, high = resized.min(), resized.max()
+    if high == low:
+        return resized > 0.5
+    return (resized - low) / (high - low) > 0.75
+
+
 def last_wins(regions: Tensor) -> Tensor:
     """Masks bool [R, ...] made disjoint: a token of several regions stays in the last of them (MagicFace)."""
     regions = regions.bool()

@@ -1,0 +1,221 @@
+"""Isolation, reposition and mutual cross-attention on a model (IR-Diffusion 2411.19261)."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gensparse.errors import ConfigError
+from gensparse.families import TensorMemo, family_of
+from gensparse.layout import Layout
+from gensparse.methods.base import At, Place, Subject
+from gensparse.methods.subject_run import Batch, Grid2, SharedSite, SubjectRun, plane
+from gensparse.processors.agents import SiteNotes
+from gensparse.processors.rotation import Rotary, turned_to
+from gensparse.processors.shared import Seen, View, target_part
+from gensparse.subjects.cast import Subjects
+from gensparse.subjects.masks import last_wins, token_mask
+from gensparse.subjects.reposition import Move, reposition
+
+if TYPE_CHECKING:
+    from gensparse.methods.isolation_reposition import IsolationReposition
+
+
+class Masks(NamedTuple):
+    """Where the subjects are in their references and in the scene, bool [subjects, rows, columns]; scenes disjoint."""
+
+    sources: Tensor
+    targets: Tensor
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Subject of every token of the scene, from 1; 0 is the background."""
+        numbers = torch.arange(1, len(self.targets) + 1)[:, None]
+        return (self.targets.flatten(1).long() * numbers).sum(0).numpy()
+
+
+class Shown(NamedTuple):
+    """Of every subject, the queries that see its reference, bool [N], and which of its tokens they see."""
+
+    queries: list[np.ndarray]
+    moves: list[Move]
+
+
+def shown(masks: Masks, kept: Tensor | None, *, moved: bool) -> Shown:
+    """What is seen of the references.
+
+    Args:
+        kept: bool [N], tokens that dropout leaves, the same for all masks; None for all.
+        moved: whether references are resized onto their places.
+    """
+    sources, targets = masks.sources.flatten(1), masks.targets.flatten(1)
+    queries = targets if kept is None else _thinned(targets, kept)
+    if moved:
+        moves = [reposition(source, target) for source, target in zip(*masks, strict=True)]
+    else:
+        keys = sources if kept is None else _thinned(sources, kept)
+        moves = [Move(*(mask.nonzero()[:, 0],) * 2) for mask in keys]
+    return Shown([mask.numpy() for mask in queries], moves)
+
+
+def mutual(out: Tensor, answers: Tensor, targets: Tensor, share: float) -> Tensor:
+    """Outputs [N, C] of cross-attention, inside the regions mostly those under the prompts of the references.
+
+    Args:
+        answers: [subjects, N, C], attention of the same queries to the text of every reference.
+        targets: bool [subjects, N].
+        share: of the answers.
+    """
+    weights = targets.to(answers)[..., None]
+    count = weights.sum(0)
+    mean = (weights * answers).sum(0) / count.clamp(min=1)
+    return torch.where(count > 0, (1 - share) * out + share * mean, out)
+
+
+class IsolationRun(SubjectRun):
+    """Portraits first in every half, then scenes."""
+
+    method: "IsolationReposition"
+    masked = False
+
+    def __init__(self, method: "IsolationReposition", subject: Subject, places: Mapping[str, Place]) -> None:
+        super().__init__(method, subject, places)
+        self._masks: dict[Grid2, Masks] = {}
+        self._shown: dict[tuple[Grid2, int], Shown] = {}
+        self._grids: dict[str, Grid2] = {}
+        self._model, self._rotary = subject.model, {}
+        if subject.family == "UNet" and method.cross:
+            self.hooks = [
+                module.register_forward_hook(partial(self._mutual, places[name].role), with_kwargs=True)
+                for name, module in _cross_modules(subject.model, places)
+            ]
+        if subject.family == "FLUX.1" and method.reposition:
+            self._rotary = {name: SiteNotes() for name in self.sites}
+            self.hooks += [
+                subject.model.get_submodule(name).register_forward_pre_hook(notes.attention, with_kwargs=True)
+                for name, notes in self._rotary.items()
+            ]
+
+    def references(self, items: int) -> int:
+        if self.subjects is None:
+            raise ConfigError(
+                f"{self.method.name} has to know where its subjects are; call handle.use(Subjects(Concept(name, "
+                "mask=..., region=...), ...)) before the run."
+            )
+        return len(self.subjects)
+
+    def check(self, subjects: Subjects) -> None:
+        missing = [item.name for item in subjects.concepts if item.region is None]
+        if missing:
+            raise ConfigError(
+                f"{self.method.name} needs the region of {', '.join(missing)} in the scene; pass Concept(name, "
+                "region=...)."
+            )
+        self._masks, self._shown = {}, {}
+
+    def started(self, batch: Batch, arguments: dict[str, Any]) -> None:
+        self._shown = {key: value for key, value in self._shown.items() if key[1] in (-1, batch.step)}
+        layouts = family_of(self._model).read_layouts(self._model, arguments, TensorMemo()) if self.hooks else {}
+        self._grids = {role: plane(layout) for role, layout in layouts.items() if isinstance(layout, Layout)}
+
+    def masks(self, grid: Grid2) -> Masks:
+        """The subjects on a grid."""
+        if grid not in self._masks:
+            assert self.subjects is not None, "checked when the batch was read"
+            whole = torch.ones(1, 1, dtype=torch.bool)
+            concepts = self.subjects.concepts
+            sources = [token_mask(whole if item.mask is None else item.mask, grid) for item in concepts]
+            targets = [token_mask(item.region, grid) for item in concepts if item.region is not None]
+            self._masks[grid] = Masks(torch.stack(sources), last_wins(torch.stack(targets)))
+        return self._masks[grid]
+
+    def shown(self, grid: Grid2, step: int) -> Shown:
+        """What is seen of the references on a grid, in a step where there is dropout."""
+        dropout = self.method.dropout
+        key = (grid, step if dropout else -1)
+        if key not in self._shown:
+            kept = torch.rand(grid[0] * grid[1], generator=self.draw(step, *grid, 4)) >= dropout if dropout else None
+            self._shown[key] = shown(self.masks(grid), kept, moved=self.method.reposition)
+        return self._shown[key]
+
+    def views(self, site: SharedSite, batch: Batch, k: Tensor, v: Tensor, layout: Layout) -> list[View | None]:
+        grid = plane(layout)
+        groups = self.masks(grid).groups if self.method.isolation else None
+        views: list[View | None] = []
+        rotary = self._rotary_of(site, layout)
+        for place in range(len(batch.halves)):
+            seen: tuple[Seen, ...] = ()
+            if self.method.kind(site.place) == "shared":
+                found, given = self.keys_of(site, batch, place, k, v, layout), self.shown(grid, batch.step)
+                seen = tuple(
+                    self._seen(source.k, source.v, move, queries, rotary)
+                    for source, move, queries in zip(found, given.moves, given.queries, strict=True)
+                )
+            views += [None] * batch.references + [View(seen, groups=groups)] * (batch.items - batch.references)
+        return views
+
+    def _seen(self, k: Tensor, v: Tensor, move: Move, queries: np.ndarray, rotary: Rotary | None) -> Seen:
+        source, place = move.source.to(k.device), move.place.to(k.device)
+        keys = k[source] if rotary is None else turned_to(k[source], rotary, source, place)
+        return Seen(keys, v[source], bias=self.method.bias, queries=queries)
+
+    def _rotary_of(self, site: SharedSite, layout: Layout) -> Rotary | None:
+        notes = self._rotary.get(site.name)
+        rotary = None if notes is None else notes.take().rotary
+        part = target_part(layout)
+        return None if rotary is None else (rotary[0][part], rotary[1][part])
+
+    def _mutual(
+        self, role: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    ) -> Tensor | None:
+        """Hook of a cross-attention module whose queries are on the grid of `role`."""
+        batch, grid = self._now.batch, self._grids.get(role)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        if batch is None or grid is None or batch.references == 0 or text is None or not isinstance(hidden, Tensor):
+            return None
+        if hidden.shape[:2] != (len(batch.halves) * batch.items, grid[0] * grid[1]):
+            return None
+        if self.method.when(At(step=batch.step, steps=batch.steps)) is not None:
+            return None
+        targets = self.masks(grid).targets.flatten(1).to(out.device)
+        rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "encoder_hidden_states")}
+        mixed = out.clone()
+        for place in range(len(batch.halves)):
+            portraits = [batch.row(place, number) for number in range(batch.references)]
+            for row in range(batch.row(place, batch.references), batch.row(place, batch.items)):
+                own = {name: _row(value, row, len(hidden)) for name, value in rest.items()}
+                answers = [
+                    module.forward(hidden[row : row + 1], encoder_hidden_states=_row(text, n, len(hidden)), **own)[0]
+                    for n in portraits
+                ]
+                mixed[row] = mutual(out[row], torch.stack(answers), targets, self.method.cross)
+        return mixed
+
+
+def _thinned(masks: Tensor, kept: Tensor) -> Tensor:
+    """Masks [subjects, N] without what a common draw drops; those that it would empty stay whole."""
+    thinned = masks & kept
+    return torch.where(thinned.any(dim=1, keepdim=True), thinned, masks)
+
+
+def _cross_modules(model: nn.Module, places: Mapping[str, Place]) -> list[tuple[str, nn.Module]]:
+    """Cross-attention behind the sites: (name of the site, module), where both are in one block."""
+    found = []
+    for name in places:
+        block = model.get_submodule(name.rpartition(".")[0])
+        cross = getattr(block, "attn2", None)
+        if cross is not None and getattr(cross, "processor", None) is not None:
+            found.append((name, cross))
+    return found
+
+
+def _row(value: Any, row: int, batch: int) -> Any:
+    """One sample of an argument that has one per sample; text may come with image prompts."""
+    if isinstance(value, tuple | list):
+        return type(value)(_row(part, row, batch) for part in value)
+    one = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+    return value[row : row + 1] if one else value
