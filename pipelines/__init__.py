@@ -4,17 +4,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "CUpscale": "gensparse.pipelines.c_upscale",
+    "ClearStages": "gensparse.pipelines.flux_ways",
     "FluxHighresPipeline": "gensparse.pipelines.flux_highres",
+    "PixArtHighresPipeline": "gensparse.pipelines.pixart_highres",
+    "QwenImageHighresPipeline": "gensparse.pipelines.qwenimage_highres",
     "SD15HighresPipeline": "gensparse.pipelines.sd15_highres",
+    "SD3HighresPipeline": "gensparse.pipelines.sd3_highres",
     "SDXLHighresPipeline": "gensparse.pipelines.sdxl_highres",
+    "ScaleDiTStages": "gensparse.pipelines.flux_ways",
+    "VisionCaptioner": "gensparse.subjects.captions",
+    "highres_class": "gensparse.pipelines.registry",
 }
 
-__all__ = ["FluxHighresPipeline", "SD15HighresPipeline", "SDXLHighresPipeline"]
+__all__ = [
+    "CUpscale",
+    "ClearStages",
+    "FluxHighresPipeline",
+    "PixArtHighresPipeline",
+    "QwenImageHighresPipeline",
+    "SD3HighresPipeline",
+    "SD15HighresPipeline",
+    "SDXLHighresPipeline",
+    "ScaleDiTStages",
+    "VisionCaptioner",
+    "highres_class",
+]
 
 if TYPE_CHECKING:
+    from gensparse.pipelines.c_upscale import CUpscale
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
+    from gensparse.pipelines.flux_ways import ClearStages, ScaleDiTStages
+    from gensparse.pipelines.pixart_highres import PixArtHighresPipeline
+    from gensparse.pipelines.qwenimage_highres import QwenImageHighresPipeline
+    from gensparse.pipelines.registry import highres_class
+    from gensparse.pipelines.sd3_highres import SD3HighresPipeline
     from gensparse.pipelines.sd15_highres import SD15HighresPipeline
     from gensparse.pipelines.sdxl_highres import SDXLHighresPipeline
+    from gensparse.subjects.captions import VisionCaptioner
 
 
 def __getattr__(name: str) -> Any:

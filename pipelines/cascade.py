@@ -82,12 +82,14 @@ class Stages:
     attention_report: list[dict[str, Any]]
     _stage: int
     _num_stages: int
+    _stage_size: tuple[int, int]
     _decoded: tuple[StageResult, torch.Tensor] | None
 
     def _init_stages(self) -> None:
         self.attention_report = []
         self._stage = 0
         self._num_stages = 1
+        self._stage_size = (0, 0)  # (height, width) in pixels of the stage that runs
         self._decoded = None
 
     @property
@@ -167,7 +169,7 @@ class Stages:
         tiling = self._tiling(size, vae_tile)
         if tiling is None:
             pixels = read((0, size[0]), (0, size[1])).to(device, self.vae.dtype)
-            latents = vae_tiles.mode_of(self.vae.encode(pixels))
+            latents = vae_tiles.encoded(self.vae, pixels)
         else:
             device = get_module_execution_device(self.vae)
             latents = vae_tiles.encode_tiles(self.vae, read, size, **vars(tiling), device=device)
@@ -185,12 +187,26 @@ class Stages:
     def _is_decoded(self, result: StageResult) -> bool:
         return self._decoded is not None and self._decoded[0] is result
 
-    def preview(self, result: StageResult, max_side: int = 512) -> list[Image.Image]:
-        """The pictures of a finished stage, at most `max_side` pixels wide and high."""
-        picture = self._decode_result(result, "auto")
+    def preview(
+        self, result: StageResult, max_side: int = 512, vae_tile: int | str | None = "auto"
+    ) -> list[Image.Image]:
+        """The pictures of a finished stage, at most `max_side` pixels wide and high.
+
+        The next stage continues the picture decoded here, so pass the `vae_tile` of the call.
+        """
+        picture = self._decode_result(result, vae_tile)
         shrink = min(1.0, max_side / max(result.height, result.width))
         size = (max(1, round(result.height * shrink)), max(1, round(result.width * shrink)))
         return self.image_processor.postprocess(F.interpolate(picture, size=size, mode="area"), output_type="pil")
+
+    def _check_tiling(self, vae_tile: int | str | None) -> None:
+        """ConfigError for tiles that the autoencoder has no rule for."""
+        asked = parse_tiling(vae_tile)
+        if isinstance(asked, Tiling) and asked.mode != "feather" and not vae_tiles.supports_exact(self.vae):
+            raise ConfigError(
+                f"vae_tile={vae_tile!r} asks for {asked.mode} tiles, which are not known for "
+                f"{type(self.vae).__name__}; use vae_tile='feather', 'auto' or None."
+            )
 
     def _tiling(self, size: tuple[int, int], vae_tile: int | str | None) -> Tiling | None:
         """The tiles of a picture; None for one piece."""
@@ -209,14 +225,14 @@ class Stages:
         raw = self._raw_latents(result)[sample : sample + 1]
         device = get_module_execution_device(self.vae)
         if tiling is None:
-            return iter([(0, self.vae.decode(raw.to(device), return_dict=False)[0])])
+            return iter([(0, vae_tiles.decoded(self.vae, raw.to(device)))])
         return vae_tiles.decode_strips(self.vae, raw, **vars(tiling), device=device)
 
     def _pictures(self, result: StageResult, output_type: str, vae_tile: int | str | None) -> Any:
         """Decode the final stage; a tiled picture exists once, as bytes for "pil" and as float32 otherwise."""
         if self._tiling((result.height, result.width), vae_tile) is None:
             raw = self._raw_latents(result).to(get_module_execution_device(self.vae))
-            return self.image_processor.postprocess(self.vae.decode(raw, return_dict=False)[0], output_type=output_type)
+            return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw), output_type=output_type)
         count, size = result.latents.shape[0], (result.height, result.width)
         if output_type == "pil" and not self._is_decoded(result):
             strips = (self._strips(result, k, vae_tile) for k in range(count))
@@ -268,12 +284,21 @@ def steps_to_keep(stages: Sequence[Stage], k: int, steps: int, *, native_draft: 
 
 
 def last_finished(
-    store: StageStore, stages: Sequence[Stage], sigmas: Sequence[float], keep: Sequence[Sequence[int]]
+    store: StageStore,
+    stages: Sequence[Stage],
+    sigmas: Sequence[float],
+    keep: Sequence[Sequence[int]],
+    larger: Sequence[float] | None = None,
 ) -> StageResult | None:
-    """The latest stage that the store holds in a form the next stage can use; `keep`: estimates each must have."""
+    """The latest stage that the store holds in a form the next stage can use.
+
+    Args:
+        sigmas: of the first stage; larger: of the others, the same by default.
+        keep: estimates that each must have.
+    """
     for k in reversed(range(len(stages))):
-        result = store.load(k)
-        if result is not None and result.serves(stages[k], sigmas, keep[k]):
+        result, own = store.load(k), sigmas if k == 0 or larger is None else larger
+        if result is not None and result.serves(stages[k], own, keep[k]):
             return result
     return None
 

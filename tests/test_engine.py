@@ -465,10 +465,10 @@ def test_dtype_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_attention_agrees_with_the_pipeline() -> None:
-    from gensparse.pipelines import flux_highres
+    from gensparse.pipelines import cascade
 
     info = REGISTRY["flux.1-dev"]
-    assert info.dense_below == flux_highres.DENSE_BELOW
+    assert info.dense_below == cascade.DENSE_BELOW
 
 
 def test_stages_agree_with_the_pipeline() -> None:
@@ -575,3 +575,29 @@ def test_lora_changes_the_picture(tmp_path: Path) -> None:
     for scale, changed in ((0.0, False), (1.0, True)):
         image = run(request(lora=(f"{file}:{scale}",))).outputs[0].image
         assert (np.abs(np.asarray(image, float) - np.asarray(plain, float)).max() > 1) == changed
+
+
+# ------------------------------------------------------------------------------------------------------- live previews
+def test_live_previews_grow_and_change_no_bit(tmp_path: Path) -> None:
+    plain, watched = tmp_path / "plain.png", tmp_path / "watched.png"
+    job = request(size="128x64", steps=4, highres="cascade")
+    run(job, OutputOptions(paths=(plain,)))
+    seen: list[Event] = []
+    run(job, OutputOptions(paths=(watched,), live_preview=True), on_event=seen.append)
+    assert watched.read_bytes() == plain.read_bytes()
+    shown = [event for event in seen if event.preview is not None]
+    assert shown, "no small picture was sent"
+    sketches = [event for event in shown if event.step < event.steps]
+    finished = [event for event in shown if event.step == event.steps]
+    assert sketches
+    assert all(max(event.preview.size) <= 256 for event in sketches)
+    assert [event.stage for event in finished] == list(range(finished[-1].stages - 1)), "each stage but the last"
+    for event in shown:
+        width, height = event.preview.size
+        assert width == 2 * height
+
+
+def test_without_wish_no_previews_are_made() -> None:
+    seen: list[Event] = []
+    run(request(), on_event=seen.append)
+    assert all(event.preview is None for event in seen)

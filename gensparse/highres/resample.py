@@ -11,17 +11,21 @@ def bicubic_matrix(length: int, target: int, start: int, stop: int) -> torch.Ten
 
     align_corners=False, a = -0.75, border repeated.
     """
-    centres = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * (length / target) - 0.5
-    first = centres.floor()
-    matrix = torch.zeros(stop - start, length, dtype=torch.float64)
+    return cubic_matrix((torch.arange(start, stop, dtype=torch.float64) + 0.5) * (length / target) - 0.5, length)
+
+
+def cubic_matrix(positions: torch.Tensor, length: int, a: float = -0.75) -> torch.Tensor:
+    """Weights [positions, length] of cubic convolution at float64 positions of an axis, border repeated; float32."""
+    first = positions.floor()
+    matrix = torch.zeros(len(positions), length, dtype=torch.float64)
     for tap in range(-1, 3):
         source = first + tap
-        weight = _keys((centres - source).abs())
+        weight = keys_kernel((positions - source).abs(), a)
         matrix.scatter_add_(1, source.clamp(0, length - 1).long()[:, None], weight[:, None])
     return matrix.float()
 
 
-def _keys(x: torch.Tensor, a: float = -0.75) -> torch.Tensor:
+def keys_kernel(x: torch.Tensor, a: float = -0.75) -> torch.Tensor:
     """The cubic convolution kernel of Keys (1981) at distance x in 0..2."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a

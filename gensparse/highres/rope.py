@@ -5,7 +5,7 @@ Maths in float64, tables in float32, as diffusers' FluxPosEmbed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,12 @@ RULES: dict[str, Rule] = {
 }
 
 
+DYPE_NOTICE = (
+    "DyPE (position rules dy_ntk and dy_yarn; arXiv 2510.20766) is patent pending according to its authors, who ask "
+    "commercial users to contact them; the static rules 'ntk' and 'yarn' are free of it."
+)
+
+
 def axis_frequencies(rule: str, axis: Axis) -> tuple[torch.Tensor, float]:
     """Frequencies float64 [dim / 2] of one axis and the factor for its cos and sin.
 
@@ -137,6 +143,29 @@ def axis_frequencies(rule: str, axis: Axis) -> tuple[torch.Tensor, float]:
     if rule not in RULES:
         raise ConfigError(f"The position rule is {rule!r}; choose one of {', '.join(RULES)}.")
     return RULES[rule](axis)
+
+
+def spatial_frequencies(
+    rule: str,
+    axes_dim: Sequence[int],
+    theta: float,
+    grid: tuple[int, int],
+    native: int,
+    time: float = 1.0,
+    isotropic: bool = False,
+) -> list[tuple[torch.Tensor, float]]:
+    """`axis_frequencies` of rows and of columns, for a grid of image tokens and `native` tokens per side in training.
+
+    Args:
+        axes_dim: channels of rows and of columns.
+        isotropic: one scale, the larger, for both axes.
+    """
+    count, trained = grid[0] * grid[1], native**2
+    sides = (max(grid),) * 2 if isotropic else grid
+    return [
+        axis_frequencies(rule, Axis(dim, theta, native, side, count, trained, time))
+        for dim, side in zip(axes_dim, sides, strict=True)
+    ]
 
 
 def proportional_scale(tokens: int, native_tokens: int) -> float:
@@ -187,6 +216,7 @@ class PositionTable(torch.nn.Module):
         self.axes_dim, self.theta, self.grid, self.native = tuple(axes_dim), theta, grid, native
         self.rule, self.native_grid, self.offset = rule, native_grid, offset
         self.isotropic, self.logit_scale = isotropic, logit_scale
+        self.image_tokens = grid[0] * grid[1]  # of the ids, at their end; another number for a call on other tokens
         self.time = 1.0
         self._frequencies(1.0)  # an unknown rule raises here, not in the middle of a step
         self._cache: tuple[torch.Tensor, float, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -213,7 +243,7 @@ class PositionTable(torch.nn.Module):
         if self.rule != "interpolate" or self.native_grid is None:
             return positions
         positions = positions.clone()
-        image = positions[-self.grid[0] * self.grid[1] :]
+        image = positions[-self.image_tokens :]
         # a shifted grid has one token more than the picture it covers
         sides = [side + round(2 * self.offset) for side in self.grid]
         for axis, (side, native) in enumerate(zip(sides, self.native_grid, strict=True), start=1):
@@ -221,12 +251,9 @@ class PositionTable(torch.nn.Module):
         return positions
 
     def _frequencies(self, time: float) -> list[tuple[torch.Tensor, float]]:
-        count, trained = self.grid[0] * self.grid[1], self.native**2
-        sides = (max(self.grid),) * 2 if self.isotropic else self.grid
-        spatial = [
-            axis_frequencies(self.rule, Axis(dim, self.theta, self.native, side, count, trained, time))
-            for dim, side in zip(self.axes_dim[1:], sides, strict=True)
-        ]
+        spatial = spatial_frequencies(
+            self.rule, self.axes_dim[1:], self.theta, self.grid, self.native, time, self.isotropic
+        )
         # axis 0 (constant ids; reference number in Kontext) is never rescaled
         return [(base_frequencies(self.axes_dim[0], self.theta), 1.0), *spatial]
 

@@ -187,7 +187,7 @@ class StageResult:
         index: number of the stage; 0 is the native one.
         height, width: pixels.
         sigmas: the sigma list it ran on (all steps, then 0).
-        latents: packed latents [B, tokens, 4*C].
+        latents: as the denoiser takes them: packed [B, tokens, 4*C] or [B, C, h, w].
         history: clean estimates x0 [B, C, h, w] by step index, for the steps the next stage will need.
     """
 

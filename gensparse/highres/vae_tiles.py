@@ -38,6 +38,7 @@ Reader = Callable[[Span, Span], torch.Tensor]
 DEFAULT_MAP_BYTES = 1 << 30
 CUT_BYTES = 1 << 28
 BLOCK_BYTES = 1 << 26  # float32 copies that norms make at a time
+EXACT = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLQwenImage")  # classes whose layers are known
 ATTENTION_TOKENS = 16_384  # tokens that are projected at a time
 
 
@@ -111,7 +112,7 @@ def _norm_act_conv(norm: nn.GroupNorm, act: nn.Module, conv: nn.Module) -> Layer
 
 def _widest(module: nn.Module) -> int:
     """The most channels that a convolution in `module` takes or makes."""
-    convs = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    convs = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
     return max((max(conv.in_channels, conv.out_channels) for conv in convs), default=0)
 
 
@@ -169,15 +170,23 @@ def _attention(attention: Any) -> Layer:
         )
 
     def over(source: Map, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-        return _mixed(attention, source, scale, shift)
+        return _mixed(attention, source, lambda x: _normed(x, scale, shift))
+
+    return _whole_map(over, norm=attention.group_norm)
+
+
+def _whole_map(
+    over: Callable[["Map", torch.Tensor | None, torch.Tensor | None], torch.Tensor], norm: nn.GroupNorm | None = None
+) -> Layer:
+    """A layer that sees the whole map at once."""
 
     def run(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
         return (over(Map(state, state[0].device), scale, shift).to(state[0].device),)
 
-    return Layer(run, norm=attention.group_norm, whole=over)
+    return Layer(run, norm=norm, whole=over)
 
 
-def _mixed(attention: Any, source: "Map", scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+def _mixed(attention: Any, source: "Map", norm: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The attention over a stored map, rows by rows; the device holds keys, values and one block."""
     height, width = source.shape
     rows = max(1, ATTENTION_TOKENS // width)
@@ -185,7 +194,7 @@ def _mixed(attention: Any, source: "Map", scale: torch.Tensor | None, shift: tor
 
     def read(span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         (x,) = source.read(span, (0, width))
-        return x, _normed(x, scale, shift).flatten(2)[0].T
+        return x, norm(x).flatten(2)[0].T
 
     def heads(tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (attention.heads, -1)).transpose(0, 1)
@@ -226,8 +235,101 @@ def _tiny_layer(module: nn.Module) -> Layer:
     return _plain(module, radius=convs, channels=_widest(module))
 
 
+# AutoencoderKLQwenImage: an autoencoder of clips, of which a picture is one frame. Its convolutions pad time with empty
+# frames, its norms are over the channels of a pixel, so that nothing but the attention in its middle sees the picture.
+
+
+def _still(conv: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A convolution of clips on a clip of one frame, [B, C, H, W]."""
+    return lambda x: conv(x[:, :, None])[:, :, 0]
+
+
+def _still_norm(norm: nn.Module, act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: act(norm(x[:, :, None])[:, :, 0])
+
+
+def _still_conv(conv: nn.Module, before: Callable[[torch.Tensor], torch.Tensor] = _identity) -> Layer:
+    apply = _still(conv)
+    return _plain(lambda x: apply(before(x)), radius=conv.kernel_size[-1] // 2, channels=_widest(conv))
+
+
+def _still_resnet(block: Any) -> list[Layer]:
+    convs = [_still(conv) for conv in (block.conv1, block.conv2)]
+    norms = [_still_norm(norm, block.nonlinearity) for norm in (block.norm1, block.norm2)]
+    plain = isinstance(block.conv_shortcut, nn.Identity)
+    shortcut = _identity if plain else _still(block.conv_shortcut)
+
+    def first(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
+        return convs[0](norms[0](state[0])), shortcut(state[0])
+
+    def second(state: State, scale: torch.Tensor | None, shift: torch.Tensor | None) -> State:
+        inner, skip = state
+        return (convs[1](norms[1](inner)).add_(skip),)
+
+    return [Layer(run, radius=1, channels=_widest(block)) for run in (first, second)]
+
+
+def _still_resample(block: Any) -> list[Layer]:
+    """Twice as many pixels, or half; time is left out, as the autoencoder does for the first frame."""
+    change, conv = block.resample[0], block.resample[1]
+    if block.mode.startswith("upsample"):
+        return [_plain(change, up=2), _plain(conv, radius=1, channels=_widest(conv))]
+    return [_plain(block.resample, radius=2, down=2, channels=_widest(conv))]
+
+
+class _OneHead:
+    """QwenImageAttentionBlock by the names of diffusers' Attention."""
+
+    heads, residual_connection, rescale_output_factor = 1, True, 1.0
+
+    def __init__(self, block: Any) -> None:
+        self.block, self.to_out = block, [self._out]
+
+    def _project(self, tokens: torch.Tensor, part: int) -> torch.Tensor:
+        conv = self.block.to_qkv
+        weights, bias = (x.chunk(3)[part] for x in (conv.weight.flatten(1), conv.bias))
+        return F.linear(tokens, weights, bias)
+
+    def to_q(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._project(tokens, 0)
+
+    def to_k(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._project(tokens, 1)
+
+    def to_v(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._project(tokens, 2)
+
+    def _out(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(tokens, self.block.proj.weight.flatten(1), self.block.proj.bias)
+
+
+def _still_attention(block: Any) -> Layer:
+    return _whole_map(lambda source, scale, shift: _mixed(_OneHead(block), source, block.norm))
+
+
+def _still_layers(blocks: Any) -> list[Layer]:
+    """Blocks of the encoder or decoder, which are known by their parts."""
+    layers: list[Layer] = []
+    for block in blocks:
+        if hasattr(block, "resnets"):
+            attentions = getattr(block, "attentions", None) or [None] * (len(block.resnets) - 1)
+            for k, resnet in enumerate(block.resnets):
+                layers += _still_resnet(resnet)
+                if k < len(attentions) and attentions[k] is not None:
+                    layers.append(_still_attention(attentions[k]))
+            layers += _still_layers(getattr(block, "upsamplers", None) or ())
+        else:
+            layers += _still_resample(block) if hasattr(block, "resample") else _still_resnet(block)
+    return layers
+
+
+def _still_ends(network: Any) -> tuple[list[Layer], list[Layer]]:
+    tail = _still_conv(network.conv_out, _still_norm(network.norm_out, network.nonlinearity))
+    return [_still_conv(network.conv_in)], [tail]
+
+
 def decoder_layers(vae: nn.Module) -> list[Layer]:
-    """The decoder of an AutoencoderTiny or AutoencoderKL as tile layers.
+    """The decoder of an AutoencoderTiny, AutoencoderKL or AutoencoderKLQwenImage as tile layers.
 
     Raises:
         ConfigError: any other class, or a form of these that exact tiles do not know.
@@ -236,6 +338,10 @@ def decoder_layers(vae: nn.Module) -> list[Layer]:
     if kind == "AutoencoderTiny":
         limit = _plain(lambda x: torch.tanh(x / 3) * 3)
         return [limit, *map(_tiny_layer, decoder.layers), _plain(lambda x: x.mul(2).sub_(1))]
+    if kind == "AutoencoderKLQwenImage":
+        head, tail = _still_ends(decoder)
+        body = _still_layers([decoder.mid_block, *decoder.up_blocks])
+        return [_still_conv(vae.post_quant_conv), *head, *body, *tail, _plain(lambda x: x.clamp(-1, 1))]
     head, tail = _kl_ends(decoder)
     before = [_plain(vae.post_quant_conv)] if vae.post_quant_conv is not None else []
     return before + head + _kl_mid(decoder.mid_block) + [x for b in decoder.up_blocks for x in _kl_block(b)] + tail
@@ -246,6 +352,10 @@ def encoder_layers(vae: nn.Module) -> list[Layer]:
     kind, encoder = _kind(vae), vae.encoder
     if kind == "AutoencoderTiny":
         return [_plain(lambda x: x.add(1).div_(2)), *map(_tiny_layer, encoder.layers)]
+    if kind == "AutoencoderKLQwenImage":
+        head, tail = _still_ends(encoder)
+        body = _still_layers([*encoder.down_blocks, encoder.mid_block])
+        return [*head, *body, *tail, _still_conv(vae.quant_conv), _plain(lambda x: x.chunk(2, dim=1)[0])]
     head, tail = _kl_ends(encoder)
     after = [_plain(vae.quant_conv)] if vae.quant_conv is not None else []
     mode = _plain(lambda x: x.chunk(2, dim=1)[0])
@@ -255,11 +365,9 @@ def encoder_layers(vae: nn.Module) -> list[Layer]:
 
 def _kind(vae: nn.Module) -> str:
     for kind in type(vae).__mro__:
-        if kind.__name__ in ("AutoencoderTiny", "AutoencoderKL"):
+        if kind.__name__ in EXACT:
             return kind.__name__
-    raise ConfigError(
-        f"Exact VAE tiles know AutoencoderKL and AutoencoderTiny, not {type(vae).__name__}; use mode='feather'."
-    )
+    raise ConfigError(f"Exact VAE tiles know {', '.join(EXACT)}, not {type(vae).__name__}; use mode='feather'.")
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------
@@ -552,11 +660,11 @@ def _blended(
     elif network == "decoder":
 
         def run(rows: slice, cols: slice) -> torch.Tensor:
-            return vae.decode(read(rows, cols), return_dict=False)[0]
+            return decoded(vae, read(rows, cols))
     else:
 
         def run(rows: slice, cols: slice) -> torch.Tensor:
-            return mode_of(vae.encode(read(rows, cols)))
+            return encoded(vae, read(rows, cols))
 
     return blend_rows(run, shape, cells, overlap, out_scale=out_scale)
 
@@ -592,7 +700,7 @@ def decode_strips(
     """Decode one sample and yield (first row, strip [1, 3, rows, W] in about [-1, 1]) from top to bottom.
 
     Args:
-        vae: AutoencoderTiny or AutoencoderKL; any class with decode() in feather mode.
+        vae: one of the classes in `EXACT`; any class with decode() in feather mode.
         latents: [1, C, h, w], already divided by the scaling factor.
         tile: side of a tile in pixels of the picture.
         mode: "exact", "feather" or "synced"; see `gensparse.highres.tiling.Tiling`.
@@ -655,9 +763,28 @@ def encode_tiles(
     return torch.cat([strip for _, strip in walk.strips()], dim=-2)
 
 
-def mode_of(encoded: Any) -> torch.Tensor:
+def takes_clips(vae: nn.Module) -> bool:
+    """Whether an autoencoder wants clips [B, C, F, H, W]; a picture is a clip of one frame."""
+    return any(isinstance(part, nn.Conv3d) for part in vae.modules())
+
+
+def decoded(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, H, W] of latents [B, C, h, w], by the autoencoder's own decode()."""
+    if takes_clips(vae):
+        return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+    return vae.decode(latents, return_dict=False)[0]
+
+
+def encoded(vae: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] of pictures [B, 3, H, W], by the autoencoder's own encode(), not scaled."""
+    if takes_clips(vae):
+        return mode_of(vae.encode(pictures[:, :, None]))[:, :, 0]
+    return mode_of(vae.encode(pictures))
+
+
+def mode_of(encoding: Any) -> torch.Tensor:
     """The latents of an encode() result: a distribution's mode, or AutoencoderTiny's plain latents."""
-    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return encoding.latents if hasattr(encoding, "latents") else encoding.latent_dist.mode()
 
 
 def latent_scale(vae: nn.Module) -> int:

@@ -16,7 +16,7 @@ from gensparse.highres.rope import PositionTable
 from gensparse.highres.stage_store import FolderStageStore
 from gensparse.highres.stages import Stage
 from gensparse.pipelines import FluxHighresPipeline
-from gensparse.pipelines.flux_highres import choose_attention
+from gensparse.pipelines.cascade import choose_attention
 
 
 class MemoryStore(dict):

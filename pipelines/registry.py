@@ -1,0 +1,67 @@
+"""Which pipelines have stages here, and what to say of the others."""
+
+import re
+from importlib import import_module
+from typing import Any
+
+from gensparse.errors import ConfigError
+
+BY_DENOISER = {
+    "FluxTransformer2DModel": "FluxHighresPipeline",
+    "SD3Transformer2DModel": "SD3HighresPipeline",
+    "QwenImageTransformer2DModel": "QwenImageHighresPipeline",
+    "PixArtTransformer2DModel": "PixArtHighresPipeline",
+}
+"""Class of the denoiser -> pipeline of stages."""
+
+OTHER_TASKS = r"Edit|Layered|Fill|Kontext|Control(?!Net)"
+"""In the names of pipelines whose models take pictures beside the one they make, which no stages have."""
+
+
+def highres_name(pipeline: Any) -> str:
+    """Name of the pipeline of stages, in `gensparse.pipelines`, that takes over the parts of a diffusers pipeline.
+
+    Raises:
+        ConfigError: there is none for its family, or for what it does.
+    """
+    kind = type(pipeline).__name__
+    names = [cls.__name__ for cls in type(_denoiser(pipeline)).__mro__]
+    if re.search(OTHER_TASKS, kind):
+        raise ConfigError(
+            f"{kind} takes pictures beside the one it makes, which no stages have yet; make the picture with it, and "
+            "enlarge it with the text-to-image model of its family (image=...)."
+        )
+    for name in names:
+        if name in BY_DENOISER:
+            return BY_DENOISER[name]
+    if "UNet2DConditionModel" in names:
+        return "SDXLHighresPipeline" if getattr(pipeline, "text_encoder_2", None) is not None else "SD15HighresPipeline"
+    raise ConfigError(
+        f"{kind} ({names[0]}) has no stages yet; FLUX.1, Stable Diffusion 3, QwenImage, PixArt, Stable Diffusion XL "
+        "and 1.5 have. Use gensparse.apply(pipe, method) with its own pipeline, or enlarge its picture with one of "
+        "those (image=...)."
+    )
+
+
+def highres_class(pipeline: Any) -> type:
+    """The pipeline of stages for a diffusers pipeline: `highres_class(pipe).from_pipe(pipe)`.
+
+    Raises:
+        ConfigError: as `highres_name`.
+    """
+    return getattr(import_module("gensparse.pipelines"), highres_name(pipeline))
+
+
+def check_source(pipeline: Any, cls: type) -> None:
+    """ConfigError unless `cls.from_pipe(pipeline)` makes sense."""
+    name = highres_name(pipeline)
+    if name not in [base.__name__ for base in cls.__mro__]:
+        raise ConfigError(
+            f"{cls.__name__} cannot take the parts of {type(pipeline).__name__}; use {name}.from_pipe(pipe)."
+        )
+
+
+def _denoiser(pipeline: Any) -> Any:
+    found = getattr(pipeline, "transformer", None)
+    found = getattr(pipeline, "unet", None) if found is None else found
+    return getattr(found, "_orig_mod", found)
