@@ -17,7 +17,8 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from gensparse.highres.stages import Stage, StageResult, StageStore
 from gensparse.pipelines.cascade import check_options, check_stages
 from gensparse.pipelines.unet_stages import Conditions, Run, UNetStages
-from gensparse.pipelines.unet_ways import Attention, Way, as_way
+from gensparse.pipelines.unet_ways import as_way
+from gensparse.pipelines.way import Attention, Prompts, Texts, Way
 
 
 class SD15HighresPipeline(UNetStages, StableDiffusionPipeline):
@@ -152,6 +153,16 @@ class SD15HighresPipeline(UNetStages, StableDiffusionPipeline):
             timestep = self._timestep_condition(scale, batch, device, dtype)
             return Conditions(embeds, negative, images=images, timestep=timestep)
 
+        def encode(texts: list[str]) -> Texts:
+            scale = (cross_attention_kwargs or {}).get("scale")
+            return Texts(self.encode_prompt(texts, device, 1, False, lora_scale=scale, clip_skip=clip_skip)[0])
+
+        prompts = Prompts(
+            words=embeds.shape[1],
+            encode=encode,
+            content=lambda: self._content([prompt], [self.tokenizer], num_images_per_prompt, embeds.shape[1]),
+        )
+
         # 3. the stages
         plain = len(stages) == 1 and image is None and not way.keeps
         make_scheduler, levels = self._scheduler_factory(steps, timesteps, sigmas, device, native_only=plain)
@@ -163,6 +174,7 @@ class SD15HighresPipeline(UNetStages, StableDiffusionPipeline):
             device=device,
             conditions=conditions,
             time_ids=lambda stage, crops, halves: None,
+            prompts=prompts,
             make_scheduler=make_scheduler,
             levels=levels,
             guidance_scale=guidance_scale,

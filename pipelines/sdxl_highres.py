@@ -23,7 +23,8 @@ from transformers import (
 from gensparse.highres.stages import Stage, StageResult, StageStore
 from gensparse.pipelines.cascade import check_options, check_stages
 from gensparse.pipelines.unet_stages import Conditions, Crops, Run, UNetStages
-from gensparse.pipelines.unet_ways import Attention, Way, as_way
+from gensparse.pipelines.unet_ways import as_way
+from gensparse.pipelines.way import Attention, Prompts, Texts, Way
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -136,8 +137,8 @@ class SDXLHighresPipeline(UNetStages, StableDiffusionXLPipeline):
             num_inference_steps (`int`, defaults to 50):
                 Steps of the native stage; larger stages run the last part of the same timesteps.
             highres (`str` or `Way`, defaults to `"cascade"`):
-                How sizes beyond the native one are reached: "cascade", "freescale", "demofusion", "rectifiedhr", "none"
-                (the size at once), or one of `gensparse.pipelines.unet_ways` with settings of its own.
+                How sizes beyond the native one are reached: "cascade", "freescale", "demofusion", "rectifiedhr",
+                "c_upscale", "none" (the size at once), or one of `gensparse.pipelines.unet_ways` with its settings.
             image (`PIL.Image.Image`, `torch.Tensor` [B, 3, H, W] in 0..1 or `np.ndarray` [H, W, 3], *optional*):
                 Picture of any size to start from in place of the native stage.
             strength (`float`, *optional*):
@@ -248,6 +249,18 @@ class SDXLHighresPipeline(UNetStages, StableDiffusionXLPipeline):
                 self._timestep_condition(scale, batch, device, dtype),
             )
 
+        def encode(texts: list[str]) -> Texts:
+            scale = (cross_attention_kwargs or {}).get("scale")
+            more = {"do_classifier_free_guidance": False, "lora_scale": scale, "clip_skip": clip_skip}
+            return Texts(self.encode_prompt(texts, device=device, num_images_per_prompt=1, **more)[0])
+
+        tokenizers = [self.tokenizer, self.tokenizer_2]
+        prompts = Prompts(
+            words=embeds.shape[1],
+            encode=encode,
+            content=lambda: self._content([prompt, prompt_2], tokenizers, num_images_per_prompt, embeds.shape[1]),
+        )
+
         # 4. the stages
         plain = len(stages) == 1 and image is None and not way.keeps
         make_scheduler, levels = self._scheduler_factory(steps, timesteps, sigmas, device, native_only=plain)
@@ -259,6 +272,7 @@ class SDXLHighresPipeline(UNetStages, StableDiffusionXLPipeline):
             device=device,
             conditions=conditions,
             time_ids=lambda stage, crops, halves: time_ids(final, crops, halves),
+            prompts=prompts,
             make_scheduler=make_scheduler,
             levels=levels,
             guidance_scale=guidance_scale,

@@ -1,4 +1,4 @@
-"""Stages of UNet pipelines: Stable Diffusion 1.5, 2 and XL.
+"""Stages of models of noise: the UNets of Stable Diffusion 1.5, 2 and XL, and PixArt.
 
 The native stage is diffusers' own loop with the pipeline's scheduler. All larger stages work on x = x0 + sigma * noise
 in float32 with steps x += (sigma_next - sigma) * noise, which is DDIM and Euler at once; the model sees
@@ -23,7 +23,8 @@ from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size
 from gensparse.methods import Method
 from gensparse.pipelines.cascade import Lead, Stages, as_picture, last_finished, stages_from
-from gensparse.pipelines.unet_ways import Attention, Moment, Native, Way, as_way, dilated_share
+from gensparse.pipelines.unet_ways import as_way, dilated_share
+from gensparse.pipelines.way import Attention, Moment, Native, Prompts, Texts, Way
 
 if is_torch_xla_available():
     import torch_xla.core.xla_model as xm
@@ -44,6 +45,7 @@ class Conditions:
         pooled: [B or 2B, P], and time_ids: [B or 2B, 6], of SDXL.
         images: embeddings of image prompts, one tensor per adapter.
         timestep: embedding of the guidance scale [B, D], for UNets that take it.
+        mask: which tokens are no padding, [B or 2B, T], for PixArt.
     """
 
     embeds: torch.Tensor
@@ -52,6 +54,7 @@ class Conditions:
     time_ids: torch.Tensor | None = None
     images: list[torch.Tensor] | None = None
     timestep: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 class Levels(NamedTuple):
@@ -68,6 +71,7 @@ class Run:
     Args:
         conditions: (stage, guidance scale of the stage) -> what the UNet is told.
         time_ids: (stage, crops, halves) -> time ids of a batch of views, or None.
+        prompts: what ways may ask about them.
     """
 
     way: Way
@@ -77,6 +81,7 @@ class Run:
     device: torch.device
     conditions: Callable[[Stage, float], Conditions]
     time_ids: Callable[[Stage, Crops, int], torch.Tensor | None]
+    prompts: Prompts
     make_scheduler: Callable[[], Any]
     levels: Levels
     guidance_scale: float
@@ -127,7 +132,10 @@ class Draws:
 
 
 class UNetStages(Stages):
-    """Mixed into a diffusers pipeline of a UNet; the pipeline encodes prompts and says what else the UNet is told."""
+    """Mixed into a diffusers pipeline of a UNet; the pipeline encodes prompts and says what else the UNet is told.
+
+    Denoisers of other kinds that predict noise may stand for the UNet, see `_denoiser` and `_call`.
+    """
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
@@ -140,9 +148,13 @@ class UNetStages(Stages):
     # --- what the model says about itself
 
     @property
+    def _denoiser(self) -> torch.nn.Module:
+        return self.unet
+
+    @property
     def native(self) -> Native:
         """The size of training in latent cells."""
-        size = self.unet.config.sample_size
+        size = self._denoiser.config.sample_size
         cells = size if isinstance(size, int) else round(math.sqrt(size[0] * size[1]))
         return Native(cells, self.vae_scale_factor)
 
@@ -157,10 +169,10 @@ class UNetStages(Stages):
         """The stages a call with these arguments runs, native one first.
 
         Raises:
-            ConfigError: a side that is no multiple of the VAE's factor (8), or another `highres`.
+            ConfigError: a side that is no multiple of the VAE's factor (8; PixArt: 16), or another `highres`.
         """
         size = (height or self.native_size, width or self.native_size)
-        check_size(*size, self.vae_scale_factor)
+        check_size(*size, self.native.multiple)
         return as_way(highres).plan(size, self.native, steps)
 
     # --- the run
@@ -197,6 +209,8 @@ class UNetStages(Stages):
         result = None if stage_store is None else last_finished(stage_store, stages, sigmas, needed)
         done = -1 if result is None else result.index
         self._num_stages = len(stages)
+        if len(stages) > 1 or not draft:
+            run.way.check(run)
         for k, stage in enumerate(stages):
             if k <= done:
                 continue
@@ -235,7 +249,7 @@ class UNetStages(Stages):
         timesteps = [t for t in scheduler.timesteps if number[float(t)] < end]
         method = run.way.attention(run.attention, native=True)
         self._num_timesteps = len(timesteps)
-        around = run.way.around_native(self.unet) if len(stages) > 1 else nullcontext()
+        around = run.way.around_native(self._denoiser) if len(stages) > 1 else nullcontext()
         with self._installed(0, stage, method, run), around, self._progress(stage, end) as bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -269,19 +283,21 @@ class UNetStages(Stages):
         history: dict[int, torch.Tensor] = {}
         first, train_steps = way.first_step(stages, index, run.steps), self.scheduler.config.num_train_timesteps
         guide = way.guide(self, smaller, stage, run)
+        held = way.prepare(self, smaller, stage, guide, run)
         self._decoded = None
         x = guide.encoded + sigmas[first] * noise if stage.steps else guide.encoded
         lead, conditions = Lead(stage, guide), run.conditions(stage, run.guidance_scale * stage.guidance_factor)
         method = way.attention(run.attention, native=False, dilated_steps=dilated_share(first, run.steps))
         self._num_timesteps = stage.steps
-        with self._installed(index, stage, method, run), self._progress(stage, stage.steps) as bar:
+        around = way.around(self, held)
+        with self._installed(index, stage, method, run), around, self._progress(stage, stage.steps) as bar:
             for i in range(stage.steps):
                 if self.interrupt:
                     break
                 step, t = first + i, run.levels.timesteps[first + i]
                 sigma, sigma_next = sigmas[step], sigmas[step + 1]
                 self._current_timestep = t
-                moment = Moment(float(t), train_steps, windows)
+                moment = Moment(float(t), train_steps, windows, sigma, held)
                 x = way.mixed(x, guide.encoded + sigma * noise, moment)
                 noise_of = partial(self._noise_at, t, sigma, conditions, stage, run)
                 own = way.noise(x, noise_of, run.native, moment)
@@ -308,7 +324,7 @@ class UNetStages(Stages):
         self, index: int, i: int, t: torch.Tensor, latents: torch.Tensor, conditions: Conditions, run: Run
     ) -> torch.Tensor:
         """Check the numbers and run the step callback."""
-        self._check_numbers(index, i, t, latents, self.unet)
+        self._check_numbers(index, i, t, latents, self._denoiser)
         if run.on_step is not None:
             values = {
                 "latents": latents,
@@ -338,14 +354,15 @@ class UNetStages(Stages):
         run: Run,
         x: torch.Tensor,
         crops: Crops | None = None,
+        texts: Texts | None = None,
     ) -> torch.Tensor:
-        """The noise in x = x0 + sigma * noise, float32; with crops x holds every picture once per view."""
+        """The noise in x = x0 + sigma * noise, float32; see `NoiseOf` for crops and texts."""
         z = x / math.sqrt(1 + sigma**2)
         time_ids = None
         if crops is not None:
             time_ids = run.time_ids(stage, crops, 2 if self.do_classifier_free_guidance else 1)
         scale, views = self.guidance_scale * stage.guidance_factor, 1 if crops is None else len(crops)
-        prediction = self._predict(z.to(run.dtype), t, conditions, scale, views, time_ids)
+        prediction = self._predict(z.to(run.dtype), t, conditions, scale, views, time_ids, texts)
         return self._noise_in(prediction.float(), z, sigma)
 
     def _predict(
@@ -356,25 +373,12 @@ class UNetStages(Stages):
         scale: float,
         views: int = 1,
         time_ids: torch.Tensor | None = None,
+        texts: Texts | None = None,
     ) -> torch.Tensor:
-        """The guided output of the UNet."""
+        """The guided output of the denoiser."""
         guided = self.do_classifier_free_guidance
-        halves = 2 if guided else 1
-        added: dict[str, Any] = {}
-        if conditions.pooled is not None:
-            added["text_embeds"] = repeated(conditions.pooled, views, halves)
-            added["time_ids"] = repeated(conditions.time_ids, views, halves) if time_ids is None else time_ids
-        if conditions.images is not None:
-            added["image_embeds"] = [repeated(x, views, halves) for x in conditions.images]
-        out = self.unet(
-            torch.cat([z] * 2) if guided else z,
-            t,
-            encoder_hidden_states=repeated(conditions.embeds, views, halves),
-            timestep_cond=None if conditions.timestep is None else repeated(conditions.timestep, views, 1),
-            cross_attention_kwargs=self.cross_attention_kwargs,
-            added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0]
+        both = torch.cat([z] * 2) if guided else z
+        out = self._call(both, t, conditions, views, 2 if guided else 1, time_ids, texts)
         if not guided:
             return out
         unconditional, text = out.chunk(2)
@@ -382,6 +386,35 @@ class UNetStages(Stages):
         if self.guidance_rescale > 0.0:
             out = rescale_noise_cfg(out, text, guidance_rescale=self.guidance_rescale)
         return out
+
+    def _call(
+        self,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        conditions: Conditions,
+        views: int,
+        halves: int,
+        time_ids: torch.Tensor | None,
+        texts: Texts | None,
+    ) -> torch.Tensor:
+        """The output of the denoiser for all halves of guidance."""
+        added: dict[str, Any] = {}
+        if conditions.pooled is not None:
+            added["text_embeds"] = repeated(conditions.pooled, views, halves)
+            added["time_ids"] = repeated(conditions.time_ids, views, halves) if time_ids is None else time_ids
+        if conditions.images is not None:
+            added["image_embeds"] = [repeated(x, views, halves) for x in conditions.images]
+        return self.unet(
+            z,
+            t,
+            encoder_hidden_states=with_texts(
+                repeated(conditions.embeds, views, halves), None if texts is None else texts.embeds
+            ),
+            timestep_cond=None if conditions.timestep is None else repeated(conditions.timestep, views, 1),
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )[0]
 
     def _noise_in(self, prediction: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
         """What a prediction of the UNet for z = (x0 + sigma * noise) / sqrt(1 + sigma^2) says about the noise."""
@@ -420,13 +453,32 @@ class UNetStages(Stages):
         if given is not None:
             return given.to(run.device)
         cells = (stage.height // self.vae_scale_factor, stage.width // self.vae_scale_factor)
-        shape = (run.batch, self.unet.config.in_channels, *cells)
+        shape = (run.batch, self._denoiser.config.in_channels, *cells)
         return randn_tensor(shape, generator=generator, device=run.device, dtype=run.dtype)
 
     def _step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
         found = {"eta": eta, "generator": generator}
         return {name: value for name, value in found.items() if name in accepted}
+
+    def _content(self, prompts: Sequence[Any], tokenizers: Sequence[Any], count: int, words: int) -> torch.Tensor:
+        """`Prompts.content`: words by any of the tokenizers, each with its prompt, or else the first one."""
+        if prompts[0] is None:
+            raise ConfigError(
+                "Screened attention needs the words of the prompt, which was given as embeddings; pass prompt=..., or "
+                "highres=CUpscale(screening=False)."
+            )
+        found = None
+        for prompt, tokenizer in zip(prompts, tokenizers, strict=True):
+            if tokenizer is None:
+                continue
+            texts = prompts[0] if prompt is None else prompt
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            convert = getattr(self, "maybe_convert_prompt", None)  # words of textual inversions are several tokens
+            own = content_words(tokenizer, texts if convert is None else convert(texts, tokenizer), words)
+            found = own if found is None else found | own
+        assert found is not None, "a pipeline without any tokenizer takes no prompt"
+        return found.repeat_interleave(count, 0)
 
     def _timestep_condition(self, scale: float, batch: int, device: torch.device, dtype: torch.dtype):
         """Embedding of the guidance scale, for UNets distilled with it."""
@@ -479,6 +531,22 @@ class UNetStages(Stages):
 def repeated(x: torch.Tensor, times: int, halves: int) -> torch.Tensor:
     """Each half of a batch (or the one) `times` times."""
     return x if times == 1 else torch.cat([half.repeat(times, *(1,) * (x.ndim - 1)) for half in x.chunk(halves)])
+
+
+def with_texts(embeds: torch.Tensor, texts: torch.Tensor | None) -> torch.Tensor:
+    """Encoded prompts [B, T, ...] with further ones behind them in the last rows, and zeros in those before."""
+    if texts is None:
+        return embeds
+    texts = texts.to(embeds)
+    blank = texts.new_zeros(len(embeds) - len(texts), *texts.shape[1:])
+    return torch.cat([embeds, torch.cat([blank, texts])], 1)
+
+
+def content_words(tokenizer: Any, texts: list[str], words: int) -> torch.Tensor:
+    """bool [texts, words]: tokens that are words, neither begin nor end nor padding."""
+    found = tokenizer(texts, padding="max_length", max_length=words, truncation=True, return_tensors="pt")
+    ends = [n for n in (tokenizer.bos_token_id, tokenizer.eos_token_id) if n is not None]
+    return found.attention_mask.bool() & ~torch.isin(found.input_ids, torch.tensor(ends))
 
 
 def noise_levels(scheduler: Any) -> Levels:

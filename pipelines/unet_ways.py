@@ -1,10 +1,10 @@
 """Ways in which UNet pipelines reach a size beyond the trained one; each says where it differs from plain stages."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,88 +13,30 @@ from gensparse.errors import ConfigError, unknown_name
 from gensparse.highres import demofusion, rectifiedhr, views
 from gensparse.highres.freescale import DILATED_STEPS, restart_step
 from gensparse.highres.stages import CascadeSettings, Stage, StageResult, native_shape, plan_stages, stage_sizes
-from gensparse.methods import Auto, FreeScale, Method, as_method
+from gensparse.highres.ways import parse_way
+from gensparse.methods import FreeScale, HiDiffusion, Method, as_method
 from gensparse.methods.freescale import FREEU, Scaled
-from gensparse.pipelines.cascade import Guide, steps_to_keep
+from gensparse.pipelines.c_upscale import CUpscale
+from gensparse.pipelines.cascade import Guide
+from gensparse.pipelines.way import Attention, Moment, Native, NoiseOf, Way
 
-Attention = Method | str | Mapping[str, Any]
-
-NoiseOf = Callable[..., torch.Tensor]
-"""(x [B, C, h, w], crops = None) -> the noise in it, float32; crops: (row, column) in cells of every view of the batch,
-which then holds every picture once per view."""
-
-
-class Native(NamedTuple):
-    """The size of training: latent cells per side, and pixels per cell."""
-
-    cells: int
-    scale: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.cells * self.scale, self.cells * self.scale
-
-
-class Moment(NamedTuple):
-    """A step of a stage: timestep of 0..T, T, and what is drawn for windows."""
-
-    t: float
-    train_steps: int
-    generator: torch.Generator | None
-
-
-@dataclass(frozen=True)
-class Way:
-    """Stages that start from the enlarged smaller picture and take the last part of the noise levels."""
-
-    name: ClassVar[str]
-    keeps: ClassVar[bool] = False
-    """Whether a stage needs the clean estimates of the one before."""
-    segments: ClassVar[bool] = False
-    """Whether stages share one run: each goes on where the one before stopped, from its clean estimate."""
-
-    def plan(self, size: tuple[int, int], native: Native, steps: int) -> list[Stage]:
-        """Stages up to `size` in pixels, native one first."""
-        raise NotImplementedError
-
-    def first_step(self, stages: Sequence[Stage], index: int, steps: int) -> int:
-        """The step of the whole list with which a stage begins."""
-        later = sum(stage.steps for stage in stages[index + 1 :]) if self.segments else 0
-        return steps - later - stages[index].steps
-
-    def keep(self, stages: Sequence[Stage], index: int, steps: int, *, native_draft: bool) -> Sequence[int]:
-        """Steps whose clean estimates a stage leaves behind."""
-        return steps_to_keep(stages, index, steps, native_draft=native_draft) if self.keeps else ()
-
-    def attention(self, wanted: Attention, *, native: bool, dilated_steps: int = 0) -> Method | None:
-        """The method of a stage, None for dense; the native one is dense.
-
-        Args:
-            dilated_steps: first steps of the stage that lie in the part of the run in which FreeScale dilates.
-        """
-        if native or wanted == "dense":
-            return None
-        return Auto() if wanted == "auto" else as_method(wanted)
-
-    def around_native(self, unet: torch.nn.Module) -> AbstractContextManager[None]:
-        """What holds during the native stage of several."""
-        return nullcontext()
-
-    def guide(self, pipe: Any, smaller: StageResult | torch.Tensor, stage: Stage, run: Any) -> Guide:
-        """The smaller picture at the stage's size, as clean latents."""
-        return pipe._enlarge(smaller, stage, run.vae_tile, run.device)
-
-    def mixed(self, x: torch.Tensor, noised_guide: torch.Tensor, moment: Moment) -> torch.Tensor:
-        """x before a step."""
-        return x
-
-    def noise(self, x: torch.Tensor, noise_of: NoiseOf, native: Native, moment: Moment) -> torch.Tensor:
-        """The noise in x that the step removes."""
-        return noise_of(x)
-
-    def finished(self, z: torch.Tensor, guide: Guide, smaller: StageResult | torch.Tensor) -> torch.Tensor:
-        """The latents of a stage after its last step."""
-        return z
+__all__ = [
+    "WAYS",
+    "Attention",
+    "CUpscale",
+    "Cascade",
+    "DemoFusion",
+    "FreeScaleCascade",
+    "Moment",
+    "Native",
+    "NoiseOf",
+    "Plain",
+    "RectifiedHR",
+    "Shrunk",
+    "Way",
+    "as_way",
+    "dilated_share",
+]
 
 
 @dataclass(frozen=True)
@@ -108,6 +50,22 @@ class Plain(Way):
 
     def attention(self, wanted: Attention, *, native: bool, dilated_steps: int = 0) -> Method | None:
         return super().attention(wanted, native=False)
+
+
+@dataclass(frozen=True)
+class Shrunk(Plain):
+    """The size at once with HiDiffusion (Zhang et al., arXiv 2311.17528), for sizes above the trained one only."""
+
+    name: ClassVar[str] = "hidiffusion"
+
+    method: Method = field(default_factory=HiDiffusion)
+
+    def attention(self, wanted: Attention, *, native: bool, dilated_steps: int = 0) -> Method | None:
+        if wanted not in ("auto", "dense"):
+            raise ConfigError(
+                f"highres hidiffusion brings its own attention, so attention={wanted!r} has no place; leave it out."
+            )
+        return self.method if wanted == "auto" else replace(self.method, windows=False)
 
 
 HIFLOW = CascadeSettings(guidance_factor=(1.0,), beta=(0.0,), patch_shift=False)
@@ -127,8 +85,12 @@ class Cascade(Way):
 
     settings: CascadeSettings = HIFLOW
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        return cls(replace(HIFLOW, **settings))
+
     def plan(self, size: tuple[int, int], native: Native, steps: int) -> list[Stage]:
-        return plan_stages(*size, native.size, steps=steps, multiple=native.scale, settings=self.settings)
+        return plan_stages(*size, native.size, steps=steps, multiple=native.multiple, settings=self.settings)
 
 
 @dataclass(frozen=True)
@@ -149,8 +111,15 @@ class FreeScaleCascade(Way):
     freeu: tuple[float, ...] | None = FREEU
     method: FreeScale = field(default_factory=FreeScale)
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        own = dict(settings)
+        method = {name: own.pop(name) for name in ("fusion", "jitter", "dilated_steps") if name in own}
+        own["freeu"] = FREEU if own.get("freeu", True) else None
+        return cls(**own, method=FreeScale(**method))
+
     def plan(self, size: tuple[int, int], native: Native, steps: int) -> list[Stage]:
-        first, *larger = stage_sizes(*size, native.size, multiple=native.scale)
+        first, *larger = stage_sizes(*size, native.size, multiple=native.multiple)
         rest = steps - restart_step(steps, self.restart)
         return [Stage(*first, steps, sharpen=0.0), *(Stage(*own, rest, sharpen=0.0) for own in larger)]
 
@@ -198,7 +167,7 @@ class DemoFusion(Way):
     jitter: bool = True
 
     def plan(self, size: tuple[int, int], native: Native, steps: int) -> list[Stage]:
-        phases = demofusion.phases(*size, native.size[0], multiple=native.scale)
+        phases = demofusion.phases(*size, native.size[0], multiple=native.multiple)
         return [Stage(phase.height, phase.width, steps, sharpen=0.0) for phase in phases]
 
     def attention(self, wanted: Attention, *, native: bool, dilated_steps: int = 0) -> Method | None:
@@ -268,10 +237,14 @@ class RectifiedHR(Way):
 
     recipe: rectifiedhr.Recipe | None = None
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        return cls(rectifiedhr.Recipe(**{"count": 2, **settings}) if settings else None)
+
     def plan(self, size: tuple[int, int], native: Native, steps: int) -> list[Stage]:
         recipe = self.recipe or rectifiedhr.recipe_for(math.sqrt(size[0] * size[1]) / native.size[0])
-        base = native_shape(*size, native.size, native.scale) if recipe.count > 1 else size
-        sizes = rectifiedhr.sizes(base, size, recipe.count, multiple=native.scale)
+        base = native_shape(*size, native.size, native.multiple) if recipe.count > 1 else size
+        sizes = rectifiedhr.sizes(base, size, recipe.count, multiple=native.multiple)
         lengths = rectifiedhr.segment_lengths(rectifiedhr.switch_steps(recipe, steps))
         scales = rectifiedhr.guidance_scales(recipe)
         return [
@@ -284,20 +257,25 @@ class RectifiedHR(Way):
         return () if index + 1 == len(stages) else (last,)
 
 
-WAYS: Mapping[str, type[Way]] = {way.name: way for way in (Cascade, FreeScaleCascade, DemoFusion, RectifiedHR, Plain)}
+WAYS: Mapping[str, type[Way]] = {
+    way.name: way for way in (Cascade, FreeScaleCascade, DemoFusion, RectifiedHR, CUpscale, Shrunk, Plain)
+}
 
 
 def as_way(highres: Way | str) -> Way:
-    """A way given as a value or by its name.
+    """A way given as a value, by its name, or as "freescale:cosine_scale=1" (see `gensparse.highres.ways`).
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or a setting that the way does not have.
     """
     if isinstance(highres, Way):
         return highres
-    if not isinstance(highres, str) or highres not in WAYS:
-        raise ConfigError(unknown_name("highres", str(highres), WAYS))
-    return WAYS[highres]()
+    asked = parse_way(highres)
+    if asked.name not in WAYS:
+        raise ConfigError(unknown_name("highres", asked.name, WAYS))
+    if asked.name == Shrunk.name:
+        return Shrunk(as_method(asked.text))
+    return WAYS[asked.name].of(asked.settings)
 
 
 def dilated_share(first: int, steps: int) -> int:

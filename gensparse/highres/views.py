@@ -105,21 +105,27 @@ def batches(views: Sequence[View], most: int) -> Iterable[list[View]]:
 
 
 def averaged(
-    predict: Callable[[list[View]], torch.Tensor], views: Sequence[View], like: torch.Tensor, most: int = 16
+    predict: Callable[[list[View]], torch.Tensor],
+    views: Sequence[View],
+    like: torch.Tensor,
+    most: int = 16,
+    weigh: Callable[[View], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """What `predict` gives for windows, averaged where they overlap; 0 where there is none.
 
     Args:
         predict: at most `most` views of one size -> their results one after the other, [views * B, C, h, w].
         like: [B, C, H, W], shape, dtype and device of the result.
+        weigh: view -> weights [h, w] above 0 of its cells; None counts every window alike.
     """
     total = torch.zeros_like(like)
     count = like.new_zeros(1, 1, *like.shape[-2:])
     for group in batches(views, most):
         for view, part in zip(group, predict(group).split(len(like)), strict=True):
-            view.of(total).add_(part)
-            view.of(count).add_(1)
-    return total.div_(count.clamp_(min=1))
+            weight = 1 if weigh is None else weigh(view).to(like)
+            view.of(total).add_(part * weight)
+            view.of(count).add_(weight)
+    return total.div_(count.masked_fill_(count == 0, 1))
 
 
 # --- dilated views
