@@ -35,6 +35,7 @@ class ScaleDiT(Method):
     picture of that size. Calls before the recording run dense, which is how that picture is made. Record again for
     another prompt, guidance, picture or rotary base: the anchors depend on them. They take 2 x layers x anchors x width
     numbers (3 GB for FLUX at 4096 x 4096 in bf16); `keep_on="cpu"` spares the GPU.
+    `FluxHighresPipeline` does all of it in one call, highres="scale_dit".
 
     The LoRA is active for the anchors alone. Without it they are what the model makes of a clean picture, untrained:
     an experiment. The published pipeline also raises the rotary base by 10 while anchors are used.
