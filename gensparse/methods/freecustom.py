@@ -34,7 +34,8 @@ class FreeCustom(SubjectMethod):
     docs/subjects.md. They never see anything but themselves. The unconditional half does not look at them, so that
     guidance amplifies them. ControlNets of the pipeline see the same noised references.
 
-    Published for Stable Diffusion 1.5; XL, FLUX, Stable Diffusion 3 and PixArt are an extension of ours, not measured.
+    Published for Stable Diffusion 1.5; XL, FLUX, Stable Diffusion 3 and PixArt are an extension of ours without
+    measurements.
 
     Args:
         subjects: reference pictures of a half; none for as many as `Subjects` names, else all but the last one.

@@ -28,7 +28,7 @@ class IsolationReposition(SubjectMethod):
     Regions that overlap are made disjoint: the later subject wins. Where they come from is up to you: a rehearsal of
     the scene and a detector as published, boxes, or drawn masks. Published for SDXL models at 1280 x 768. In a UNet
     moving the reference has no effect, only its change of size has. FLUX, where moved keys get the rotation of their
-    new place, Stable Diffusion 3 and PixArt are an extension of ours, not measured.
+    new place, Stable Diffusion 3 and PixArt are an extension of ours without measurements.
 
     Args:
         isolation: whether subjects are kept apart in the scene, in all layers.

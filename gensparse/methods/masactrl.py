@@ -22,7 +22,7 @@ class MasaCtrl(SubjectMethod):
     inside `mask`, the others the tokens outside. A side without a token is not restricted.
 
     Published for Stable Diffusion 1.x and XL. FLUX and Stable Diffusion 3, whose text stays visible, and PixArt are an
-    extension of ours, not measured.
+    extension of ours without measurements.
 
     Args:
         start, stop: first step, and the step before which it ends, as numbers or as shares of the run; none for the

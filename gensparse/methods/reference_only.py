@@ -24,7 +24,7 @@ class ReferenceOnly(SubjectMethod):
     for later ones, without its statistics.
 
     Published for Stable Diffusion 1.5 and XL. FLUX, Stable Diffusion 3 and PixArt, without statistics, are an extension
-    of ours, not measured.
+    of ours without measurements.
 
     Args:
         style_fidelity: share of plain attention and of unchanged features in the unconditional half.

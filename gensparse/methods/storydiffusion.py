@@ -23,7 +23,7 @@ class StoryDiffusion(SubjectMethod):
     characters, and `handle.use(Subjects(...))` says which of them are in a picture; without a place for each they
     blend (see `isolation_reposition`).
 
-    Published for SDXL at 768 and more pixels; other models are an extension of ours, not measured.
+    Published for SDXL at 768 and more pixels; other models are an extension of ours without measurements.
 
     Args:
         rate: share of a picture's tokens that others see, drawn anew at every step and resolution.

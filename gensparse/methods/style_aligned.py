@@ -24,7 +24,7 @@ class StyleAligned(SubjectMethod):
     latents; inversion is not part of this method.
 
     Published for SDXL and Stable Diffusion 1.5. FLUX and Stable Diffusion 3, whose text is left as it is, and whose
-    queries and keys are aligned after their rotation, and PixArt are an extension of ours, not measured.
+    queries and keys are aligned after their rotation, and PixArt are an extension of ours without measurements.
 
     Args:
         queries, keys, values: which of them get the statistics of the reference.

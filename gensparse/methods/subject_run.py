@@ -310,9 +310,9 @@ class SubjectRun(Loaded):
         count = self.references(items)
         if count < 0 or count > items or (count == items and not self.symmetric):
             raise ConfigError(
-                f"{self.method.name} has {count} reference picture(s), which come first in the batch, and needs "
-                f"at least one more that is generated, but the call has {items} per half; pass prompts for all of them, "
-                "or fewer subjects."
+                f"{self.method.name} has {count} reference picture(s), which come first in the batch, and "
+                f"needs at least one more that is generated, but the call has {items} per half; pass prompts for all "
+                "of them, or fewer subjects."
             )
         return Batch(halves, items, count, of_names(self.subjects, count), False, at.step, at.steps)
 

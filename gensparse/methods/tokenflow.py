@@ -46,7 +46,7 @@ class TokenFlow(SubjectMethod):
     which stay plain, and in the first steps their queries and keys replace those of both other halves (plug-and-play).
 
     Published for Stable Diffusion 2.1 on key frames; the propagation from key frames to all frames, which needs the
-    inverted source clip, is not part of this method. Everything but UNets is an extension of ours, not measured.
+    inverted source clip, is not part of this method. Everything but UNets is an extension of ours without measurements.
 
     Args:
         group: frames of a group in models of clips.
