@@ -22,7 +22,8 @@ from gensparse.layout import Grid, Layout, Segment
 from gensparse.methods import METHODS, At, Auto, Dense, Method, MswMsa, Place, Subject, parse_method, parse_value
 from gensparse.methods.describe import describe, docs, method_text
 from gensparse.methods.profile import GridProfile, Profile
-from gensparse.models import REGISTRY, SDXL, Architecture, ModelInfo, UNetArchitecture
+from gensparse.methods.subject_method import SubjectMethod
+from gensparse.models import REGISTRY, ModelInfo
 from gensparse.patterns import Pattern, RoutedPattern, Text
 from gensparse.patterns.anchors import ANCHORS
 
@@ -47,7 +48,7 @@ class LabModel:
         size: (height, width) pixels to start with; frames: of a clip, None for pictures; text: tokens.
         level: of a UNet: 0 for the latent cells, each further one halves them.
         sites: names of the attention modules in order, where they are known.
-        info: what the registry knows; arch: the sizes that decide cost, None where they are not known.
+        info: what the registry knows, with the sizes that decide cost; None for a family without them.
     """
 
     key: str
@@ -59,7 +60,6 @@ class LabModel:
     level: int | None = None
     sites: tuple[str, ...] = ()
     info: ModelInfo | None = None
-    arch: Architecture | UNetArchitecture | None = None
 
     @property
     def family(self) -> Family:
@@ -71,18 +71,25 @@ class LabModel:
         return len(self.sites) or _LAYERS.get(self.key, 32)
 
     @property
+    def arch(self) -> Any:
+        """The sizes that decide cost, see `gensparse.families.sizes`; None where they are not known."""
+        return None if self.info is None else self.info.architecture
+
+    @property
     def role(self) -> str:
         return "joint" if self.level is None else f"level{self.level}"
 
     @property
     def heads(self) -> int:
-        return self.arch.heads if isinstance(self.arch, Architecture) else HEADS
+        return HEADS if self.arch is None else self.arch.width // self.arch.head_dim
 
     @property
     def native_tokens(self) -> int | None:
+        """Picture tokens at the size of training, for UNets the latent cells."""
         if self.info is None:
             return None
-        return (self.info.native_size // self.info.architecture.multiple) ** 2
+        native, arch = self.info.native_size, self.info.architecture
+        return arch.tokens(native, native) if self.level is None else (native // arch.vae_factor) ** 2
 
     def place(self, layer: int) -> Place:
         """An attention layer."""
@@ -98,13 +105,14 @@ class LabModel:
         _within("height", height, 16, MAX_SIDE, "pixels")
         _within("width", width, 16, MAX_SIDE, "pixels")
         _within("text", text, 0, MAX_TEXT, "tokens")
-        sizes: dict[str, Any] = {"n_text": text, "frames": frames, "level": self.level}
         if self.frames is not None:
             _within("frames", frames, 1, MAX_FRAMES, "frames")
-        if self.arch is not None and self.level is None:
-            sizes["vae_scale"] = self.arch.multiple // 2
+        sizes: dict[str, Any] = {"n_text": text, "frames": frames, "level": self.level}
+        if self.info is not None:
+            sizes |= self.info.row.layout(self.info.architecture)
         known = inspect.signature(self.family.layout_for).parameters
-        layout = self.family.layout_for(height, width, **{k: v for k, v in sizes.items() if k in known and v is not None})
+        own = {name: value for name, value in sizes.items() if name in known and value is not None}
+        layout = self.family.layout_for(height, width, **own)
         if layout.tokens > MAX_TOKENS:
             raise ConfigError(
                 f"{width}x{height} has {layout.tokens:,} tokens here, and the lab draws up to {MAX_TOKENS:,}; choose a "
@@ -138,33 +146,39 @@ def _registered(info: ModelInfo) -> LabModel:
 
     if info.hub_id is None:  # its folder lies in the package and knows more
         info = open_model(GenerateRequest(model=info.alias), weights=False).info
-    arch = info.architecture
-    sites = [f"transformer_blocks.{n}.attn" for n in range(arch.double_blocks)]
-    sites += [f"single_transformer_blocks.{n}.attn" for n in range(arch.single_blocks)]
-    side = 4 * info.native_size
-    label = f"{info.alias}: {info.summary.split(';')[0].split(':')[0]}"
+    arch, module = info.architecture, f"gensparse.families.{info.row.attention}"
+    model_class = next(name for name, place in FAMILIES.items() if place == module and "ControlNet" not in name)
+    level = getattr(arch, "level", None)
+    side = min(MAX_SIDE, 4 * info.native_size)
     return LabModel(
-        info.alias, label, "FluxTransformer2DModel", (side, side), info.max_sequence_length, None, None, tuple(sites),
-        info, arch,
-    )  # fmt: skip
+        info.alias,
+        f"{info.alias}: {re.split('[;:]', info.summary)[0]}",
+        model_class,
+        (side, side),
+        0 if level is not None else info.max_sequence_length,
+        level=level,
+        sites=_sites(info),
+        info=info,
+    )
+
+
+def _sites(info: ModelInfo) -> tuple[str, ...]:
+    """Names of the attention modules in the order of the computation; of UNets those of their finest attention."""
+    arch = info.architecture
+    if getattr(arch, "level", None) is not None:
+        return _UNET_SITES.get(info.family, ())
+    joint = [f"transformer_blocks.{n}.attn" for n in range(getattr(arch, "double_blocks", arch.layers))]
+    return (*joint, *(f"single_transformer_blocks.{n}.attn" for n in range(getattr(arch, "single_blocks", 0))))
 
 
 def _of_family(model_class: str, family: Family) -> list[LabModel]:
-    if family.name == "UNet":
-        return [
-            LabModel("SDXL", "SDXL: its finest attention", model_class, _PICTURE, level=1, sites=_XL, arch=SDXL),
-            LabModel("SDXL-deep", "SDXL: its deepest attention", model_class, _PICTURE, level=2, sites=_XL_DEEP),
-            LabModel("SD1.5", "Stable Diffusion 1.5: its finest attention", model_class, (1024, 1024), 0, None, 0, _SD),
-        ]
     known = inspect.signature(family.layout_for).parameters
     clip = "frames" in known
     try:
         text = int(_default(known["n_text"], 512)) if "n_text" in known else 0
         frames = _CLIP_FRAMES if clip else None
-        model = LabModel(
-            family.name, f"{family.name}: {'clips' if clip else 'pictures'}", model_class, _CLIP if clip else _PICTURE,
-            text, frames,
-        )  # fmt: skip
+        label, size = f"{family.name}: {'clips' if clip else 'pictures'}", _CLIP if clip else _PICTURE
+        model = LabModel(family.name, label, model_class, size, text, frames)
         model.layout(*model.size, text=text, frames=frames)
     except ConfigError:  # a family without attention that could be sparse
         return []
@@ -177,9 +191,10 @@ def _unet_sites(levels: Mapping[str, int]) -> tuple[str, ...]:
     )
 
 
-_XL = _unet_sites({"down_blocks.1": 2, "up_blocks.1": 3})
-_XL_DEEP = _unet_sites({"down_blocks.2": 2, "mid_block": 1, "up_blocks.0": 3})
-_SD = _unet_sites({"down_blocks.0": 2, "up_blocks.3": 3})
+_UNET_SITES = {
+    "sdxl": _unet_sites({"down_blocks.1": 2, "up_blocks.1": 3}),
+    "sd15": _unet_sites({"down_blocks.0": 2, "up_blocks.3": 3}),
+}
 
 
 def _default(parameter: inspect.Parameter, otherwise: int) -> int:
@@ -198,7 +213,7 @@ def lab_model(key: str) -> LabModel:
     return models[key]
 
 
-# ------------------------------------------------------------------------------------------- methods, patterns, settings
+# ------------------------------------------------------------------------------------------ methods, patterns, settings
 @dataclass(frozen=True)
 class Setting:
     """One setting of a method or pattern: its name, what it is called, the text of its default, and what it is."""
@@ -286,7 +301,7 @@ def settings_of(name: str) -> tuple[Setting, ...]:
     return tuple(
         Setting(key, _words(key), _text(value), facts["settings"].get(key, ""))
         for key, value in facts["defaults"].items()
-        if key not in FILES_OF_METHODS
+        if not (key in FILES_OF_METHODS and value is None)
     )
 
 
@@ -353,7 +368,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-# ------------------------------------------------------------------------------------------------------ what it would do
+# ----------------------------------------------------------------------------------------------------- what it would do
 @dataclass(frozen=True)
 class View:
     """What a method or pattern does in one layer at one moment.
@@ -418,33 +433,50 @@ def look(
     attention, files = without_files(attention_text(name, values))
     if files:
         raise ConfigError(f"The lab reads no files; leave out {', '.join(files)}.")
-    return _of_method(replace(view, attention=attention), layer, round(moment * (STEPS - 1)))
+    view = replace(view, attention=attention)
+    try:
+        return _of_method(view, layer, round(moment * (STEPS - 1)))
+    except ConfigError as error:  # it does not fit the model or the size, and says so
+        return replace(view, why=str(error))
 
 
 def _cut_note(model: LabModel, layout: Layout, height: int, width: int) -> tuple[str, ...]:
-    if not isinstance(model.arch, Architecture):
+    if model.arch is None or model.level is not None:
         return ()
-    cut = tuple(axis * model.arch.multiple for axis in layout.grid[1:])
+    multiple = model.arch.multiple
+    cut = tuple(axis * multiple for axis in layout.grid[1:])
     if cut == (height, width):
         return ()
-    return (f"{width}x{height} is cut to {cut[1]}x{cut[0]}: sides are multiples of {model.arch.multiple} pixels",)
+    return (f"{width}x{height} is cut to {cut[1]}x{cut[0]}: sides are multiples of {multiple} pixels",)
 
 
 def _of_method(view: View, layer: int, step: int) -> View:
     model, layout, name = view.model, view.layout, view.attention
     if name == "auto" and model.info is not None:
-        from gensparse.engine.resolve import auto_attention
-
-        name = auto_attention(model.info, view.height, view.width)
+        name = _auto(model.info, view.height, view.width)
         if name == "dense":
             most = model.info.dense_below
-            return replace(view, why=f"auto runs dense up to {most:,} picture tokens, where sparse attention saves little")
-        view = replace(view, notes=(*view.notes, f"auto takes {name} here"))
-    method = _settled(parse_method(name), model)
+            return replace(view, why=f"auto runs dense up to {most:,} picture tokens, where there is little to save")
+        view = view if name == "auto" else replace(view, notes=(*view.notes, f"auto takes {name} here"))
+    method = parse_method(name)
+    if method.casts or isinstance(method, SubjectMethod):
+        why = f"{method.name} lets pictures of a batch see each other; who sees whom depends on the subjects of a run."
+        return replace(view, why=why)
+    if method.part(model.family.name) == "cross":
+        return replace(view, why=f"{method.name} acts on the attention from picture to text, which is not drawn here.")
+    method = _settled(method, model)
     place = model.place(layer)
     recorded = _anchors(method, layout) if method.records else ()
     coarseness = model.family.coarseness(model.role) if model.level is not None else 1
-    at = At(method.kind(place), model.role, step, STEPS, layout, coarseness, recorded)
+    at = At(
+        kind=method.kind(place),
+        role=model.role,
+        step=step,
+        steps=STEPS,
+        layout=layout,
+        coarseness=coarseness,
+        recorded=recorded,
+    )
     active = method.active(at)
     if isinstance(active, Dense):
         return replace(view, why=f"This layer runs dense at this moment: {active.reason}")
@@ -471,12 +503,25 @@ def _of_method(view: View, layer: int, step: int) -> View:
     return _with_menu(replace(view, pattern=what), acting.heads(at, model.heads), model.heads)
 
 
+def _auto(info: ModelInfo, height: int, width: int) -> str:
+    """What Generate takes for "auto" in a stage of this size."""
+    from gensparse.engine.resolve import attention_at
+    from gensparse.engine.values import Resolved
+    from gensparse.request import GenerateRequest
+
+    request = GenerateRequest(model=info.alias, prompt="-")
+    return attention_at(Resolved(request, info, height, width, "cpu", "fp32"), height, width)
+
+
 def _settled(method: Method, model: LabModel) -> Method:
     """The method with what it leaves to the model filled in; weights are never looked for."""
     subject = Subject(model.family.name, _sketch(model), model.native_tokens)  # type: ignore[arg-type]
     if isinstance(method, MswMsa):  # the windows alone; what hidiffusion does besides needs the UNet itself
         return MswMsa.resolved(method, subject)
-    return method.resolved(subject)
+    try:
+        return method.resolved(subject)
+    except (AttributeError, KeyError, TypeError):  # a sketch has no modules
+        raise ConfigError(f"{method.name} looks into the model itself, which is not loaded here.") from None
 
 
 def _sketch(model: LabModel) -> Any:
@@ -528,7 +573,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return f"head{'s' if len(numbers) > 1 else ''} {text}"
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 def scale_for(grid: Grid) -> int:
     """Pixels of a token, so that a picture or the frames of a clip fit a page."""
     room = 768 if grid[0] == 1 else 280
@@ -564,7 +609,7 @@ def token_under(grid: Grid, x: int, y: int) -> Grid | None:
     return token_at(grid, scale_for(grid), int(x), int(y))
 
 
-# ------------------------------------------------------------------------------------------------------------------ cost
+# ----------------------------------------------------------------------------------------------------------------- cost
 @dataclass(frozen=True)
 class Row:
     """One line of the comparison; `source` says how it is known."""
@@ -616,7 +661,8 @@ def cost(view: View, *, rates: "Rates | None" = None, dtype: str = "bf16", devic
     if view.pattern is None:
         if view.density is None:
             return None
-        return Cost(tokens, tokens, view.density, None, None, None, *_rows(view, view.density, None, rates, dtype, device))
+        rows, notes = _rows(view, view.density, None, rates, dtype, device)
+        return Cost(tokens, tokens, view.density, None, None, None, rows, notes)
     from gensparse.plan import build_plan
 
     plan = build_plan(view.pattern, view.layout)
@@ -645,21 +691,19 @@ def _rows(
         Row("query-key pairs that are seen", _count(tokens**2), f"{_count(density * pairs)} ({density:.2%})", _COUNTED),
     ]
     if visited is not None:
-        out.append(
-            Row("pairs that are computed, in whole tiles", _count(tokens**2), f"{_count(visited * pairs)} ({visited:.2%})", _COUNTED)
-        )
+        computed = f"{_count(visited * pairs)} ({visited:.2%})"
+        out.append(Row("pairs that are computed, in whole tiles", _count(tokens**2), computed, _COUNTED))
     if lists is not None:
         out.append(Row("lists of tiles, once for all layers", "none", format_bytes(lists), _COUNTED))
     if arch is None:
         known = ", ".join(model.key for model in lab_models().values() if model.arch is not None)
         return tuple(out), (f"FLOP, memory and time need the sizes of a model; they are known of {known}.",)
-    size = DTYPE_BYTES[dtype]
-    if isinstance(arch, Architecture):
-        own = format_bytes(4 * tokens * arch.width * size)
-        out.append(Row("queries, keys, values and output of a layer", own, own, f"{_DERIVED}: {dtype}"))
-        whole = arch.heads * tokens**2 * size
-        part = f"{format_bytes(whole * (density if visited is None else visited))}"
-        out.append(Row("scores of a layer, which fused kernels never store", format_bytes(whole), part, f"{_DERIVED}: {dtype}"))
+    size, from_sizes = DTYPE_BYTES[dtype], f"{_DERIVED}, {dtype}"
+    own = format_bytes(4 * tokens * arch.width * size)
+    out.append(Row("queries, keys, values and output of a layer", own, own, from_sizes))
+    scores = view.model.heads * tokens**2 * size
+    kept = format_bytes(scores * (density if visited is None else visited) * pairs / tokens**2)
+    out.append(Row("scores of a layer, which fused kernels never store", format_bytes(scores), kept, from_sizes))
     picture = math.prod(view.layout.grid)
     shape = StageShape(view.height, view.width, 1)
     both = [
@@ -677,10 +721,10 @@ def _rows(
     times = [format_seconds(stage.seconds or 0.0) for stage in both]
     out.append(Row("time of one call of the model", times[0], times[1], _MEASURED))
     note = (
-        f"Measured on {device or 'this machine'} in {dtype}: how fast a linear layer and dense attention of the model's "
-        "width run. Times are derived from it as `gensparse plan` does: work divided by speed. They assume that sparse "
-        "attention computes a pair as fast as dense attention; whole tiles, short lists and kernels that are not tuned "
-        "for this machine make it slower."
+        f"Measured on {device or 'this machine'} in {dtype}: how fast a linear layer and dense attention of the "
+        "model's width run. Times are derived from it as `gensparse plan` does: work divided by speed. They assume "
+        "that sparse attention computes a pair as fast as dense attention; whole tiles, short lists and kernels that "
+        "are not tuned for this machine make it slower."
     )
     return tuple(out), (note,)
 
@@ -712,7 +756,7 @@ def speeds(model: LabModel, device: str = "auto") -> tuple["Rates | None", str, 
     return calibrate(device, dtype, model.arch.width, model.arch.head_dim), dtype, device
 
 
-# --------------------------------------------------------------------------------------------------------------- profile
+# -------------------------------------------------------------------------------------------------------------- profile
 def profile_of(model: LabModel) -> Profile | None:
     """The measured attention profile in the model's folder, if there is one."""
     path = None if model.info is None else model.info.profile
@@ -733,11 +777,12 @@ def chart(profile: Profile, grid_name: str | None = None, *, error: bool = False
     """
     names = grid_names(profile)
     entry = profile.grids[names.index(grid_name) if grid_name in names else -1]
-    return [
-        {"layer": _layer_name(number, layer.name), "window": _window_name(entry, window), "value": sum(column) / len(column)}
-        for number, layer in enumerate(entry.layers)
-        for window, column in enumerate(zip(*(layer.error if error else layer.kept), strict=True))
-    ]
+    points = []
+    for number, layer in enumerate(entry.layers):
+        for window, heads in enumerate(zip(*(layer.error if error else layer.kept), strict=True)):
+            point = {"layer": _layer_name(number, layer.name), "window": _window_name(entry, window)}
+            points.append({**point, "value": sum(heads) / len(heads)})
+    return points
 
 
 def _grid_name(grid: Grid) -> str:
@@ -756,7 +801,7 @@ def _layer_name(number: int, name: str) -> str:
     return f"{number:02d} {kind}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- Python
+# --------------------------------------------------------------------------------------------------------------- Python
 def python_code(view: View, query: Grid | None = None, group: int = 0) -> str:
     """The same in Python, ready to run (where a pipeline is needed it is called `pipe`)."""
     blocks = []
@@ -768,10 +813,9 @@ def python_code(view: View, query: Grid | None = None, group: int = 0) -> str:
 
 
 def _apply_code(view: View) -> str:
-    if view.attention == "auto" and view.acting is not None:
-        method = view.acting  # what auto takes for the model here
-    else:
-        method = parse_method(view.attention)
+    # what auto takes for the model here
+    taken = view.acting if view.attention == "auto" else None
+    method = taken or parse_method(view.attention)
     if isinstance(method, Auto):
         method = Method.from_dict(method.to_dict())
     value, names = _value_code(method)

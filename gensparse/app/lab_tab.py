@@ -90,7 +90,7 @@ def css() -> str:
 
 def tab(app: App) -> None:
     """Draw the tab inside an open `gr.Tab`."""
-    gr.Markdown("Who sees whom: what a method lets each token of a picture see, and what that saves. No model runs here.")
+    gr.Markdown("Who sees whom under a method, and what that saves. No model runs here.")
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             name, about, preset, settings = _what()
@@ -104,11 +104,7 @@ def tab(app: App) -> None:
             status = gr.HTML(elem_id="gs-lab-status")
             group = gr.Radio([], label="Heads", info="This method gives heads different views.", visible=False)
             with gr.Row():
-                query = [
-                    gr.Number(label=what, precision=0, minimum=0, min_width=90, visible=what != "Frame",
-                              elem_id=f"gs-lab-{what.lower()}")
-                    for what in ("Frame", "Row", "Column")
-                ]  # fmt: skip
+                query = _query()
     with gr.Row():
         use = gr.Button("Use this in Generate", variant="primary", elem_id="gs-lab-use")
         copy = gr.Button("Copy as Python", elem_id="gs-lab-copy")
@@ -167,7 +163,7 @@ def tab(app: App) -> None:
         use.click(filled, inputs, [*app.forms["generate"].widgets, app.tabs], **quick)
 
 
-# --------------------------------------------------------------------------------------------------------------- widgets
+# -------------------------------------------------------------------------------------------------------------- widgets
 def _what() -> tuple[Any, Any, Any, list[Any]]:
     """Method or pattern, what it is, its published settings, and a field for each of its settings."""
     methods = [(name.replace("_", " "), name) for name in METHODS]
@@ -203,7 +199,7 @@ def _where() -> tuple[Any, ...]:
         )
     with gr.Accordion("Layer and moment", open=False):
         layer = gr.Slider(
-            0, first.layers - 1, 0, step=1, label="Attention layer", elem_id="gs-lab-layer",
+            0, first.layers - 1, first.layers // 2, step=1, label="Attention layer", elem_id="gs-lab-layer",
             info="Some methods act differently from layer to layer.",
         )  # fmt: skip
         moment = gr.Slider(
@@ -213,6 +209,24 @@ def _where() -> tuple[Any, ...]:
     return model, size, text, frames, layer, moment
 
 
+def _query() -> list[Any]:
+    """Frame, row and column of the token, for those who do not click; the middle at first."""
+    first = lab.lab_model(START_MODEL)
+    middle = lab.centre(first.layout(*first.size, text=first.text).grid)
+    return [
+        gr.Number(
+            at,
+            label=what,
+            precision=0,
+            minimum=0,
+            min_width=90,
+            visible=what != "Frame",
+            elem_id=f"gs-lab-{what.lower()}",
+        )
+        for what, at in zip(("Frame", "Row", "Column"), middle, strict=True)
+    ]
+
+
 def _profile() -> tuple[Any, Any, Any, Any]:
     """The measured profile of the model: its place, size, kind and chart."""
     first = lab.lab_model(START_MODEL)
@@ -220,14 +234,13 @@ def _profile() -> tuple[Any, Any, Any, Any]:
     grids = [] if measured is None else lab.grid_names(measured)
     with gr.Accordion("Measured attention of this model, layer by layer", open=False, visible=bool(grids)) as place:
         gr.Markdown(
-            "How much of its attention a token keeps inside windows of several sizes (tokens), in dense runs, mean over "
-            "the heads of a layer. `gensparse calibrate` measures it; the method `auto` reads it."
+            "How much of its attention a token keeps inside windows of several sizes (tokens), in dense runs, mean "
+            "over the heads of a layer. `gensparse calibrate` measures it; the method `auto` reads it."
         )
         with gr.Row():
             where = gr.Dropdown(grids, value=grids[-1] if grids else None, label="Measured at", min_width=160)
-            what = gr.Radio(
-                [("attention kept", "kept"), ("error of the output", "error")], value="kept", label="Show", min_width=160
-            )
+            kinds = [("attention kept", "kept"), ("error of the output", "error")]
+            what = gr.Radio(kinds, value="kept", label="Show", min_width=160)
         plot = gr.HTML(_heat(START_MODEL, None, "kept"), elem_id="gs-lab-profile")
     return place, where, what, plot
 
@@ -245,7 +258,7 @@ def _about(name: str) -> str:
     return lab.about(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- events
+# --------------------------------------------------------------------------------------------------------------- events
 def _chosen(name: str) -> list[Any]:
     """Another method: what it is, its presets, its settings."""
     presets = lab.presets_of(name)
@@ -267,14 +280,15 @@ def _moved(key: str) -> list[Any]:
     measured = lab.profile_of(model)
     grids = [] if measured is None else lab.grid_names(measured)
     clip = model.frames is not None
+    middle = lab.centre(model.layout(*model.size, text=model.text, frames=model.frames).grid)
     return [
         gr.update(value=_size_text(model)),
         gr.update(value=model.text),
         gr.update(value=model.frames, visible=clip),
-        gr.update(value=0, maximum=model.layers - 1),
-        gr.update(value=None, visible=clip),
-        None,
-        None,
+        gr.update(value=model.layers // 2, maximum=model.layers - 1),
+        gr.update(value=middle[0], visible=clip),
+        middle[1],
+        middle[2],
         gr.update(visible=bool(grids)),
         gr.update(choices=grids, value=grids[-1] if grids else None),
         gr.update(value="kept"),
@@ -328,8 +342,8 @@ def _drawn(app: App, request: gr.Request, values: Sequence[Any]) -> list[Any]:
         grid = view.layout.grid
         query, entry = asked.query(grid), asked.group if asked.group in range(len(view.groups)) else 0
         code = lab.python_code(view, query, entry)
-        menu = gr.update(choices=[(f"menu entry {name}", n) for n, name in enumerate(view.groups)], value=entry,
-                         visible=bool(view.groups))  # fmt: skip
+        entries = [(f"menu entry {name}", number) for number, name in enumerate(view.groups)]
+        menu = gr.update(choices=entries, value=entry if entries else None, visible=bool(entries))
         use = gr.update(interactive=bool(view.attention))
         if view.pattern is None:
             return [None, _status(view.why, *view.notes), menu, *query, code, use]
@@ -379,7 +393,7 @@ class Counter:
             return ""
         notes = list(found.notes)
         if speeds is None and view.model.arch is not None:
-            notes.append("A job is running, so the speed of this machine is not measured now; look again when it is done.")
+            notes.append("A job is running, so the speed of this machine is not measured now; look again later.")
         return _table(found, notes)
 
     def _speed(self, model: lab.LabModel) -> tuple[Any, str, str] | None:
@@ -402,7 +416,8 @@ def _table(found: lab.Cost, notes: Sequence[str]) -> str:
         shapes = (" x ".join(map(str, tile)) for tile in (found.q_tile, found.k_tile))
         tiles = "<p>Tiles of {} queries and {} keys (frames x rows x columns of tokens).</p>".format(*shapes)
     words = "".join(f"<p>{esc(note)}</p>" for note in notes)
-    return f'<div class="gs-wide gs-costs"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{tiles}{words}'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="gs-wide gs-costs">{table}</div>{tiles}{words}'
 
 
 def _status(*lines: str, bad: bool = False) -> str:

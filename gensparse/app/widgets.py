@@ -112,11 +112,11 @@ def numbers(app: App) -> dict[str, Any]:
     limits = app.limits
     out: dict[str, Any] = {}
     with gr.Row():
-        out["steps"] = gr.Number(
-            None, label="Steps", info=f"1 to {limits.steps}; empty: the model's", precision=0, min_width=90
-        )
-        out["guidance"] = gr.Number(
-            None, label="Guidance", info=f"0 to {limits.guidance:g}; empty: the model's", min_width=90
+        # texts, because gradio's numbers show and send 0 where they are empty at first
+        options = {"placeholder": "the model's", "max_lines": 1, "max_length": 10, "min_width": 90}
+        out["steps"] = gr.Textbox("", label="Steps", info=f"1 to {limits.steps}; empty: the model's", **options)
+        out["guidance"] = gr.Textbox(
+            "", label="Guidance", info=f"0 to {limits.guidance:g}; empty: the model's", **options
         )
     with gr.Row():
         out["seed"] = gr.Number(0, label="Seed", info="The same seed is the same picture", precision=0, min_width=120)
