@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gensparse.app.jobs import Engine, Job, Jobs
-from gensparse.app.sessions import COOKIE, Sessions
+from gensparse.app.sessions import CLIENT, COOKIE, Sessions
 from gensparse.app.settings import Settings
 from gensparse.request import GenerateRequest
 
@@ -116,7 +116,7 @@ class App:
         cookies = getattr(request, "cookies", None) or {}
         owner = self.sessions.owner(cookies.get(COOKIE), getattr(request, "session_hash", None))
         if owner is None:
-            return f"client-{secrets.token_hex(16)}"
+            return CLIENT + secrets.token_hex(16)
         self.sessions.touch(owner)
         return owner
 
@@ -125,8 +125,4 @@ class App:
 
         A visitor without a cookie proves with the id alone that a job is his. Raises ConfigError for any other job.
         """
-        owner = self.owner(request)
-        job = self.jobs.get(job_id)
-        if job.owner == owner or job.owner.startswith("client-"):
-            return job
-        return self.jobs.get(job_id, owner)
+        return self.jobs.get(job_id, self.owner(request), open_to_all=lambda job: job.owner.startswith(CLIENT))

@@ -6,6 +6,7 @@ owner only.
 """
 
 import json
+import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
@@ -173,6 +174,8 @@ class Guard:
             data = json.loads(body)
         except (ValueError, RecursionError):
             raise Refused(400, "the request is not valid JSON") from None
+        if not isinstance(data, dict):
+            raise Refused(400, "the request is not a JSON object")
         self._check_files(data, owner, 0)
         body = json.dumps(data).encode()
         headers = [item for item in scope["headers"] if item[0].lower() != b"content-length"]
@@ -192,6 +195,8 @@ class Guard:
         """Refuse addresses and files of others, and drop the `url` of every file: only its path counts."""
         if depth > _MOST_DEPTH:
             raise Refused(400, "the request is nested too deeply")
+        if isinstance(data, float) and not math.isfinite(data):
+            raise Refused(400, "the request holds a number that is not finite")
         if isinstance(data, dict):
             path = data.get("path")
             if isinstance(path, str) and ("meta" in data or "url" in data or "orig_name" in data):

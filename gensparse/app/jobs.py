@@ -194,18 +194,21 @@ class Jobs:
             self._lock.notify_all()
         return job
 
-    def get(self, job_id: str, owner: str | None = None) -> Job:
+    def get(
+        self, job_id: str, owner: str | None = None, *, open_to_all: Callable[[Job], bool] = lambda job: False
+    ) -> Job:
         """A job by its id; asking counts as being there.
 
         Args:
             owner: only a job of this owner; None for any.
+            open_to_all: which jobs may be asked for by everybody who knows their id.
 
         Raises:
             ConfigError: there is none; the sentence is the same for a job of somebody else.
         """
         with self._lock:
             job = self._jobs.get(job_id) if isinstance(job_id, str) else None
-            if job is None or (owner is not None and job.owner != owner):
+            if job is None or (owner is not None and job.owner != owner and not open_to_all(job)):
                 raise ConfigError("there is no such job; give the id that was answered when it was submitted")
             job.seen = time.monotonic()
             return job

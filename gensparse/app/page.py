@@ -26,12 +26,12 @@ MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 def build(app: App) -> gr.Blocks:
     """The page of a server, not yet launched."""
     with gr.Blocks(title="gensparse", analytics_enabled=False, delete_cache=(3600, 86_400)) as app.page:
+        api.add(app)  # first, so that its names are not taken
         gr.Markdown("# gensparse\nPictures far beyond the trained size, with sparse attention.", elem_id="gs-title")
         with gr.Tabs(elem_id="gs-tabs") as app.tabs:
             for label, name, draw in TABS:
                 with gr.Tab(label, id=name) as app.items[name]:
                     draw(app)
-        api.add(app)
     app.page.queue(max_size=256, default_concurrency_limit=8)
     return app.page
 

@@ -134,7 +134,7 @@ def pair(app: App, owner: str, left: Path, right: Path) -> tuple[str, str]:
     return out[0], out[1]
 
 
-        return f"dense attention takes too long at {side} pixels; it is offered up to {app.limits.dense}"
+# ------------------------------------------------------------------------------------------------------------- telling
 def view(app: App, job: Job) -> dict[str, Any]:
     """A job as JSON data: what the API answers."""
     from gensparse.app.render import job_words

@@ -1,6 +1,5 @@
 """Starting and stopping the server of the page."""
 
-import contextlib
 import inspect
 import os
 import shutil
@@ -83,8 +82,7 @@ class Server:
         }
         known = inspect.signature(self.page.launch).parameters
         try:
-            with contextlib.redirect_stdout(None):
-                _, self.url, self.share_url = self.page.launch(**{k: v for k, v in options.items() if k in known})
+            _, self.url, self.share_url = self.page.launch(**{k: v for k, v in options.items() if k in known})
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another --port"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 COOKIE = "gensparse_session"
+CLIENT = "client-"  # first letters of owners without a cookie
 _TOKEN = re.compile(r"[\w-]{43}\.[0-9a-f]{64}")
 
 
@@ -45,7 +46,7 @@ class Sessions:
         """The owner that a request belongs to; None for one that brings neither cookie nor session hash."""
         if self.is_valid(cookie):
             return "cookie-" + _hash(str(cookie))
-        return "client-" + _hash(session_hash) if session_hash else None
+        return CLIENT + _hash(session_hash) if session_hash else None
 
     def is_valid(self, cookie: str | None) -> bool:
         """Whether this server made the cookie."""
@@ -92,7 +93,7 @@ class Sessions:
                 continue
             with self._lock:
                 owners = {self._owners[name]} if name in self._owners else self._uploads.get(name, set())
-                return any(item == owner or item == "" or item.startswith("client-") for item in owners)
+                return any(item == owner or item == "" or item.startswith(CLIENT) for item in owners)
         return False
 
     # -- whether still there

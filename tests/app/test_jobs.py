@@ -268,6 +268,7 @@ def test_a_job_of_somebody_else_looks_like_none_at_all(make) -> None:
             jobs.get(wrong, "you")
         said.append(str(caught.value))
     assert len(set(said)) == 1
+    assert jobs.get(job.id, "you", open_to_all=lambda job: job.owner == "me") is job
     assert jobs.of("you") == []
     assert jobs.of("me") == [job]
 
