@@ -7,7 +7,7 @@ import re
 import threading
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gensparse.errors import ConfigError, LayoutMismatchError, UnsupportedProcessorError
-from gensparse.families import Family, Layouts, TensorMemo, WithKeys, family_of
+from gensparse.families import CROSS, Family, Layouts, TensorMemo, WithKeys, family_of
 from gensparse.layout import KINDS, Layout, Segment
 from gensparse.methods import At, Dense, Loaded, Method, Place, Subject, as_method
 from gensparse.parallel import Team, ulysses
@@ -29,6 +29,7 @@ from gensparse.processors.clock import Clock
 from gensparse.processors.operators import Operator
 from gensparse.processors.pairs import NO_MASK, ProductMask, last_zero
 from gensparse.processors.site import CACHED, SPARSE, Action, ActionSlot, Extra, Site, Work
+from gensparse.processors.stages import CrossSite, Stages
 from gensparse.processors.tally import NOT_SET, Tally, merged
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse, sparse_variant
 
@@ -49,6 +50,7 @@ def apply(
     dense_last_steps: int = 0,
     dense_layers: Iterable[int] = (),
     audit: int | None = None,
+    subjects: Any = None,
 ) -> "Handle":
     """Make the attention of a pipeline (or of one denoiser) sparse, in place.
 
@@ -63,6 +65,7 @@ def apply(
         dense_layers: indices of attention layers, in model order, that stay dense; negative ones count from the end.
         audit: picture tokens per attention call whose output is compared with dense attention, exactly and at little
             cost; `report()["error"]` tells the difference. By default as many as the method wants (none, but for auto).
+        subjects: of the pictures, a `gensparse.Subjects`, for methods for several subjects; see `Handle.use`.
 
     Raises:
         ConfigError: an unknown method or setting, or a model of no supported family.
@@ -78,6 +81,9 @@ def apply(
     try:
         for attachment in attachments:
             attachment.install()
+        if subjects is not None:
+            for attachment in attachments:
+                attachment.taking_subjects().use(subjects)
     except BaseException:
         _put_back(models, before)  # of denoisers that take turns never only some are sparse
         raise
@@ -229,8 +235,8 @@ class Handle:
             the query-key pairs that is computed, mean over the sites of what each did in its last sparse call.
             Both are None before a sparse call. "method": its settings as data; "family": of the model. "error":
             {"measured": relative error of the attention outputs against dense ones, root mean square over the tokens
-            that `audit` looked at; "predicted": what the method expected}, each None where it is not known. Methods
-            may add entries of their own.
+            that `audit` looked at; "predicted": what the method expected}, each None where it is not known. "recorded",
+            after `record`: {source: tokens, grid and bytes of what the sites keep}. Methods may add entries of their own.
         """
         attached = self._attachments
         densities = [density for attachment in attached for density in attachment.tally.densities()]
@@ -241,6 +247,7 @@ class Handle:
             "method": attached[0].method.to_dict(),
             "family": _listed(attachment.family.name for attachment in attached),
             "error": _error_of(attached),
+            **_recorded_by(attached),
             **{name: value for one in attached if one.loaded for name, value in one.loaded.report().items()},
         }
 
@@ -271,10 +278,93 @@ class Handle:
         for attachment in self._attachments:
             attachment.record(call, keep_on)
 
+    def use(self, subjects: Any) -> None:
+        """Who is in the pictures to come: a `gensparse.Subjects`, for methods for several subjects.
+
+        May be called between runs and between steps.
+
+        Raises:
+            ConfigError: the method has no use for subjects, or not for these.
+        """
+        for attachment in self._attachments:
+            attachment.taking_subjects().use(subjects)
+
+    @contextmanager
+    def rehearsal(self) -> "Iterator[None]":
+        """Around a first run that a method learns from (consistory notes what shows the same in its pictures).
+
+        Raises:
+            ConfigError: the method has no rehearsal.
+        """
+        with ExitStack() as stack:
+            for attachment in self._attachments:
+                stack.enter_context(attachment.taking_subjects().rehearsal())
+            yield
+
+    @contextmanager
+    def writing(
+        self, *names: str, keep_on: torch.device | str | None = None
+    ) -> "Iterator[None]":
+        """Inside, the reference pictures of every call are kept in a bank, by step and layer, for later runs.
+
+        Afterwards references come from the bank, and batches hold generated pictures alone, until `forget`.
+
+        Args:
+            names: of the references in the order of the batch; by default those of `use`, else numbers.
+            keep_on: device to keep them on, such as "cpu", from where they are copied at every use.
+
+        Raises:
+            ConfigError: the method has no references.
+        """
+        with ExitStack() as stack:
+            for attachment in self._attachments:
+                stack.enter_context(attachment.taking_subjects().writing(names, keep_on))
+            yield
+
     def forget(self) -> None:
-        """Drop what was recorded."""
+        """Drop what was recorded, and what a bank holds of references."""
         for attachment in self._attachments:
             attachment.forget()
+
+    def start(self, pipe: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """The latents that a run is to begin with, for methods that move latents between steps.
+
+        Set the timesteps of the scheduler first, and pass the result to the pipeline as `latents`.
+
+        Args:
+            latents: noise [B, C, h, w] as the pipeline takes it.
+            arguments: further ones of the denoiser's conditional call, such as `encoder_hidden_states`.
+        """
+        for attachment in self._attachments:
+            if attachment.active and attachment.loaded is not None:
+                latents = attachment.loaded.start(pipe, latents, dict(arguments))
+        return latents
+
+    def maps(self) -> torch.Tensor:
+        """Attention maps [layers, B, heads, tokens, L] of the last call, with their gradients, and forget them.
+
+        Raises:
+            ConfigError: the method keeps none, or was removed.
+        """
+        loaded = self._attachments[0].loaded
+        if loaded is None or not self._attachments[0].active:
+            raise ConfigError("No method that keeps attention maps is on the model; apply disendiff for that.")
+        return loaded.maps()
+
+    def on_step_end(self, pipe: Any, index: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """For `callback_on_step_end` of a pipeline, with methods that change its latents between steps.
+
+        Args:
+            arguments: the pipeline's tensors by name, "latents" among them.
+
+        Returns:
+            Those that are to go on.
+        """
+        changed = dict(arguments)
+        for attachment in self._attachments:
+            if attachment.active and attachment.loaded is not None:
+                changed |= attachment.loaded.step_end(pipe, index, timestep, changed)
+        return changed
 
     def remove(self) -> None:
         """Undo everything, bit for bit; does nothing where it is undone or replaced already.
@@ -301,7 +391,7 @@ class Attachment:
         self.subject = Subject(self.family.name, model, native, denoisers)
         self.method = settings.method.resolved(self.subject)
         self.modules = _attention(model)
-        self.places = _places(self.family, model, self.modules)
+        self.places = _places(self.family, model, self.modules, self.method.part(self.family.name))
         if not self.places:
             raise ConfigError(f"{type(model).__name__} has no attention layer to make sparse; pass a whole denoiser.")
         pinned = settings.pinned(len(self.places))
@@ -321,7 +411,8 @@ class Attachment:
         if place is None:
             return Site(name, None)
         key = SlotKey(place.role, self.method.kind(place), place.heads)
-        return Site(name, self.slots.setdefault(key, ActionSlot()), place.layer, pinned.get(place.layer))
+        kind = CrossSite if place.role.startswith(CROSS) else Site
+        return kind(name, self.slots.setdefault(key, ActionSlot()), place.layer, pinned.get(place.layer))
 
     @property
     def family(self) -> Family:
@@ -366,7 +457,9 @@ class Attachment:
     def install(self, *, swap: bool = True) -> None:
         """Put everything in place instead of what was there; with `swap` the processors become sparse at once."""
         _detach(self.model)
-        self.loaded = self.method.load(self.subject, self.places)
+        self.loaded = self.method.load(self.subject._replace(owner=self.run.owner), self.places)
+        if self.loaded is not None:
+            self.loaded.pipeline = self.run.pipeline
         for name, module in self.modules.items():
             site = self.sites[name]
             setattr(module, SITE, site)
@@ -426,6 +519,22 @@ class Attachment:
         self.bank = Bank()
         for site in self.counted:
             site.recorded = None
+        if self.loaded is not None:
+            self.loaded.forget()
+
+    def taking_subjects(self) -> Loaded:
+        """What the method put on the model, if it takes subjects.
+
+        Raises:
+            ConfigError: it does not, or is not on the model any more.
+        """
+        if not self.active:
+            raise ConfigError(f"{self.method.name} is not on the model any more; apply it again.")
+        if self.loaded is None or not self.method.casts:
+            raise ConfigError(
+                f"{self.method.name} has no use for subjects and reference pictures; take a method such as freecustom."
+            )
+        return self.loaded
 
     def _recording(self, key: "SlotKey", layouts: Layouts | str, bound: Mapping[str, Any], team: Any) -> Action:
         """What sites do, and keep, in a call that is recorded."""
@@ -460,7 +569,7 @@ class Attachment:
         found = {}
         for name, place in self.places.items():
             action = actions[SlotKey(place.role, self.method.kind(place), place.heads)]
-            outcome = self.sites[name].pinned or (SPARSE if action.works else action.reason)
+            outcome = self.sites[name].pinned or (SPARSE if action.works or action.stages else action.reason)
             known = [work.density for work in action.works if work.density is not None]
             found[name] = (outcome, sum(known) / len(known) if known and outcome == SPARSE else None)
         return found
@@ -479,11 +588,12 @@ class Attachment:
         bound = call.arguments
         team = _compat.team_of(model)
         recording = self._recorder == threading.get_ident()
-        now, layouts = At() if recording else self._now(bound), self._layouts(bound, team)
+        now = At() if recording else self._now(bound)
         changed = self.loaded is not None and not recording and self.loaded.begin(now, bound)
+        layouts = self._layouts(bound, team)  # behind begin(), which may change the text
         pairs = None if team else self._product_mask(bound, layouts)
         for key, slot in self.slots.items():
-            extra = None if isinstance(layouts, str) else _extra(layouts[key.role])
+            extra = None if isinstance(layouts, str) else _extra(layouts[key.role.removeprefix(CROSS)])
             added = pairs is not None and pairs.added
             if recording:
                 action = self._recording(key, layouts, bound, team)
@@ -520,10 +630,12 @@ class Attachment:
 
     def _now(self, bound: Mapping[str, Any]) -> At:
         """The step, and how many there are; looked up where it matters only, since the device has to answer."""
+        guided = self.run.guided
         if not self.settings.timed:
-            return At()
+            return At(guided=guided)
         step = self.clock.tick(self.family.timestep(bound), self.run.moment(), self.run.plan())
-        return At(step=step, steps=self.clock.steps or self.run.steps(self.clock.first))
+        steps = self.clock.steps or self.run.steps(self.clock.first)
+        return At(step=step, steps=steps, guided=guided, call=self.clock.call)
 
     def _layouts(self, bound: Mapping[str, Any], team: Team | None) -> Layouts | str:
         """Layouts by role, or why there are none."""
@@ -575,6 +687,8 @@ class Attachment:
         method, at = active
         if isinstance(layouts, str):
             return self._dense(layouts)
+        if key.role.startswith(CROSS):
+            return self._staged(method, layouts[key.role.removeprefix(CROSS)], at)
         own, extra = layouts[key.role], _extra(layouts[key.role])
         own = own.layout if isinstance(own, WithKeys) else own
         own = own if isinstance(own, tuple) else (own,)
@@ -611,6 +725,15 @@ class Attachment:
             more["alone"] = self._alone(method, at, layouts[self.family.prompted], key.heads, device)
         shard = None if team else _compat.heads_of(self.model, key.heads)
         return Action(tuple(works), gain=gain, strict=strict, team=team, heads=shard, **more)
+
+    def _staged(self, method: Method, layout: Any, at: At) -> Action:
+        """What cross-attention sites do."""
+        if self.loaded is None:  # a forecast
+            return Action(stages=Stages())
+        stages = self.loaded.stages(layout, at)
+        if isinstance(stages, Dense):
+            return Action(reason=stages.reason)
+        return Action(stages=stages, strict=self.settings.strict, step=at.step)
 
     def _alone(self, method: Method, at: At, layout: Any, heads: int, device: torch.device) -> Work | None:
         """What the sites do over the picture alone; None where that is no pattern of its own keys."""
@@ -699,6 +822,21 @@ class _Run:
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner) if hasattr(owner, "scheduler") else None
         self._memo = TensorMemo()
+
+    @property
+    def owner(self) -> Any:
+        """The pipeline; None for a bare model, or where it is gone."""
+        return self._owner and self._owner()
+
+    def pipeline(self) -> Any:
+        """The same, as a function that may be kept."""
+        return self.owner
+
+    @property
+    def guided(self) -> bool | None:
+        """Whether the pipeline puts both halves of guidance into a call; None where nothing tells."""
+        found = getattr(self.owner, "do_classifier_free_guidance", None)
+        return None if found is None else bool(found)
 
     def models(self, names: Iterable[str]) -> list[nn.Module]:
         """Models of the pipeline by name, each part of those that are several, such as of a list of ControlNets."""
@@ -789,9 +927,10 @@ def _denoiser(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _places(family: Family, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Place]:
-    """The sites of a model, in its order."""
-    roles = family.sites(model, modules)
+def _places(family: Family, model: nn.Module, modules: Mapping[str, nn.Module], part: str) -> dict[str, Place]:
+    """The sites of a model that a method acts on, in its order; those of cross-attention last."""
+    roles = {**(family.sites(model, modules) if part != "cross" else {})}
+    roles |= family.cross(model, modules) if part != "self" else {}
     return {
         name: Place(role, layer, len(roles), _heads(modules[name]), name)
         for layer, (name, role) in enumerate(roles.items())
@@ -834,6 +973,11 @@ def _error_of(attached: "Sequence[Attachment]") -> dict[str, float | None]:
         "measured": math.sqrt(lost / norm) if norm else None,
         "predicted": max(predicted) if predicted else None,
     }
+
+
+def _recorded_by(attached: "Sequence[Attachment]") -> dict[str, Any]:
+    found = {name: facts for attachment in attached for name, facts in attachment.bank.facts().items()}
+    return {"recorded": found} if found else {}
 
 
 def _listed(names: Iterable[str]) -> str | None:

@@ -4,11 +4,13 @@
 name and parameter from the files. A file or an array that no schema describes is an error, never skipped.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,14 +49,23 @@ OWNED: dict[str, tuple[str, ...]] = {
     "demofusion": ("highres",),
     "freescale": ("highres",),
     "hidiffusion": ("highres/test_golden_hidiffusion.py",),
-    "freecustom": ("test_golden_references.py",),
-    "magicface": ("test_golden_references.py",),
-    "consistory": ("test_golden_references.py",),
-    "storydiffusion": ("test_golden_references.py",),
-    "ir-diffusion": ("test_golden_references.py",),
-    "shared-attention": ("test_golden_references.py",),
-    "regional-prompting": ("test_golden_references.py",),
-    "ip-adapter": ("processors/test_golden_ip_adapter.py",),
+    "freecustom": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "magicface": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "consistory": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "storydiffusion": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "ir-diffusion": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "shared-attention": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "regional-prompting": (
+        "test_golden_references.py",
+        "processors/test_golden_cross.py",
+        "subjects/test_golden_regions.py",
+    ),
+    "ip-adapter": ("processors/test_golden_ip_adapter.py", "processors/test_golden_cross.py"),
+    "mip-adapter": ("processors/test_golden_cross.py",),
+    "autostudio": ("processors/test_golden_cross.py", "subjects/test_golden_regions.py"),
+    "structured-diffusion": ("processors/test_golden_cross.py", "subjects/test_golden_regions.py"),
+    "lpa": ("processors/test_golden_cross.py", "subjects/test_golden_regions.py"),
+    "disendiff": ("subjects/test_golden_regions.py",),
 }
 
 
@@ -83,6 +94,7 @@ def _schema(required: str, optional: str = "", more: str = "(?!)") -> Schema:
     return Schema(frozenset(required.split()), frozenset(optional.split()), more=more)
 
 
+CROSS = "hidden heads to_q to_k to_v to_out_w to_out_b"  # a cross-attention layer with its projections
 LAYER = "hidden heads w_q w_k w_v w_o b_o out"  # an attention layer with its projections
 
 
@@ -229,6 +241,38 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
             "expected_corner_y expected_max_fg_loss expected_loss"
         ),
     },
+    "mip-adapter": {
+        "weighted_merge": _schema(
+            f"{CROSS} text image_tokens entity_text entity_token_len to_k_ip to_v_ip text_to_weight scale "
+            "expected_relevance_raw expected_relevance expected_text_weight expected expected_text_weight_one"
+        ),
+    },
+    "autostudio": {
+        "parallel_attention": _schema(
+            f"{CROSS} text image_tokens boxes_xywh image_size grid have_ref fuse_scale scale to_k_ip to_v_ip "
+            "expected_layout_resized expected expected_switched_off"
+        ),
+        "layout": _schema("boxes_xywh image_size fuse_scale expected"),
+        "latent_blend": _schema("latents guide_noised mask steps_active expected_per_step"),
+    },
+    "structured-diffusion": {
+        "attention": _schema(
+            f"{CROSS} uncond encodings spans expected_values expected expected_conjunction "
+            "expected_conjunction_as_released"
+        ),
+        "spans": _schema("prompt normalised constituency bpe_tokens phrases token_spans lowest"),
+    },
+    "lpa": {
+        "attention": _schema(f"{CROSS} text dropped expected_zeroed expected_hard_mask expected_off"),
+        "parse": _schema("parse token_match"),
+        "schedule": _schema("timesteps rows"),
+    },
+    "disendiff": {
+        "loss": _schema(
+            "maps modifier_class_tokens alpha gauss_kernel expected_modifier_masks expected_class_masks expected_bind "
+            "expected_separate expected_total"
+        ),
+    },
     "ip-adapter": {
         "decoupled": _schema(
             "hidden text image_tokens to_k_ip to_v_ip scale heads expected expected_scale0 to_q to_k to_v to_out_w "
@@ -262,8 +306,13 @@ def unowned_folders(root: Path | None = None) -> list[str]:
     return sorted(path.name for path in (root or golden_root()).iterdir() if path.is_dir() and path.name not in OWNED)
 
 
-def read(path: Path, schemas: Mapping[str, Schema]) -> tuple[str, dict[str, np.ndarray]]:
-    """Kind and arrays of an npz file; GoldenError unless exactly its schema's arrays are there."""
+def read(path: Path, schemas: Mapping[str, Schema]) -> tuple[str, Any]:
+    """Kind and arrays of an npz file, or kind and data of a JSON file.
+
+    GoldenError unless exactly its schema's arrays are there; of JSON, its entries, or those of every row of a list.
+    """
+    if path.suffix == ".json":
+        return _read_json(path, schemas)
     if path.suffix != ".npz":
         raise GoldenError(f"{path}: not an npz file")
     with np.load(path, allow_pickle=False) as file:
@@ -274,7 +323,16 @@ def read(path: Path, schemas: Mapping[str, Schema]) -> tuple[str, dict[str, np.n
     raise GoldenError(f"{path}: arrays {sorted(arrays)} match none of {', '.join(schemas)}")
 
 
-def load(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+def _read_json(path: Path, schemas: Mapping[str, Schema]) -> tuple[str, Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = data if isinstance(data, list) else [data]
+    for kind, schema in schemas.items():
+        if rows and all(isinstance(row, dict) and schema.fits(row) for row in rows):
+            return kind, data
+    raise GoldenError(f"{path}: its entries match none of {', '.join(schemas)}")
+
+
+def load(path: Path) -> tuple[str, Any]:
     """`read` with the schemas of the file's folder."""
     return read(path, SCHEMAS[path.parent.name])
 

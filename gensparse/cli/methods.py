@@ -24,14 +24,16 @@ def list_methods() -> None:
     from gensparse.cli.state import STATE
     from gensparse.methods import METHODS
     from gensparse.methods.describe import describe
+    from gensparse.methods.unavailable import UNAVAILABLE
 
     facts = [describe(cls) for cls in METHODS.values()]
     if STATE.output == "json":
-        output.print_json({"methods": facts})
+        output.print_json({"methods": facts, "not_available": UNAVAILABLE})
         return
     rows = [("dense", "no sparsity", "small pictures; the model as it is")]
     rows += [(item["name"], item["summary"], item["use"]) for item in facts]
     output.table("Methods", ("name", "what it does", "when to take it"), rows)
+    output.table("Not available", ("name", "why"), list(UNAVAILABLE.items()))
 
 
 @app.command("show")
@@ -50,7 +52,14 @@ def show_method(name: Annotated[str, typer.Argument(help="A name from `gensparse
     from gensparse.cli.state import STATE
     from gensparse.methods import method_class
     from gensparse.methods.describe import describe
+    from gensparse.methods.unavailable import UNAVAILABLE
 
+    if name in UNAVAILABLE:
+        if STATE.output == "json":
+            output.print_json({"name": name, "not_available": UNAVAILABLE[name]})
+        else:
+            output.print_out(f"{name} is not available: {UNAVAILABLE[name]}.")
+        return
     facts = describe(method_class(name))
     if STATE.output == "json":
         output.print_json(facts)

@@ -1,6 +1,7 @@
 """`gensparse models`: which models there are, what `generate` can run, and what methods can make sparse."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from gensparse.engine.support import Part, Support
 
-app = typer.Typer(no_args_is_help=True, help="Supported models: list, show, check.")
+app = typer.Typer(no_args_is_help=True, help="Supported models: list, show, check, convert.")
 
 
 @app.command("list")
@@ -75,7 +76,7 @@ def show_model(
     info, arch = ref.info, ref.info.architecture
     facts = {
         "name": ref.name,
-        "family": info.family,
+        "family": f"{info.family} ({info.row.title})",
         "source": info.hub_id or ("shipped" if ref.embedded else "local"),
         "licence": info.licence,
         "native_size": info.native_size,
@@ -83,8 +84,9 @@ def show_model(
         "steps": info.steps,
         "guidance": f"{info.guidance:g} ({info.guidance_kind})",
         "prompt_tokens": info.max_sequence_length,
-        "blocks": f"{arch.double_blocks} double, {arch.single_blocks} single, {arch.heads} heads of {arch.head_dim}",
-        "parameters": f"{arch.transformer_params / 1e6:.0f} M in the transformer blocks",
+        "highres": f"{', '.join(info.row.ways)} (auto: {info.row.auto})",
+        "blocks": arch.blocks,
+        "parameters": f"{arch.transformer_params / 1e6:.0f} M in the blocks of the denoiser",
         "autoencoder": arch.vae_class,
     }
     words = _vocabulary() if ref.embedded else []
@@ -148,6 +150,40 @@ def check_model(
         output.print_json({"status": "ok", **answer.to_dict()})
         return
     _print_answer(answer, attention)
+
+
+@app.command("convert")
+def convert_weights(
+    source: Annotated[Path, typer.Argument(help="Pickled checkpoint: .bin, .pt, .pth or .ckpt.", metavar="FILE")],
+    output_file: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Result (.safetensors); beside FILE by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that exists.")] = False,
+) -> None:
+    """Write a pickled checkpoint as a safetensors file, without running what is in the pickle.
+
+    Some weights, such as those of MIP-Adapter, are published as pickles, which could run code when opened. They are
+    read as tensors and plain containers alone; a file that wants more is refused. Exit code 4: refused, damaged or
+    missing; 6: the result exists or cannot be written.
+
+    Examples:
+
+      gensparse models convert model_sdxl.bin
+
+      gensparse models convert ip-adapter.bin -o weights/ip-adapter.safetensors
+
+      gensparse models convert old.ckpt --overwrite --json
+    """
+    from gensparse.cli import output
+    from gensparse.cli.state import STATE
+    from gensparse.engine.convert import convert
+
+    done = convert(source, output_file, overwrite=overwrite)
+    if STATE.output == "json":
+        output.print_json({"status": "ok", **done._asdict(), "path": str(done.path)})
+        return
+    extra = f", {done.left_out} values that are no tensors left out" if done.left_out else ""
+    output.print_out(f"{done.path}: {done.tensors} tensors, {done.bytes} bytes{extra}")
 
 
 def _print_answer(answer: "Support", attention: str | None) -> None:

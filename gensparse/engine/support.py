@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gensparse.errors import ConfigError, ModelError, UnsupportedProcessorError
-from gensparse.families import FAMILIES, Family, family_of
+from gensparse.families import CROSS, FAMILIES, Family, family_of
+from gensparse.families.published import PUBLISHED
+from gensparse.families.sizes import Architecture
 from gensparse.layout import Grid, Layout
 from gensparse.methods import At, Method, as_method
 from gensparse.models import FAMILIES as PIPELINES
@@ -181,7 +183,12 @@ def _optional(path: Path, name: str) -> dict[str, Any]:
 
 def _registered(info: ModelInfo) -> _Configs:
     """The configs of a model that is known by name, so that no file is needed."""
-    arch = info.architecture
+    arch, row = info.architecture, info.row
+    vae = {"_class_name": arch.vae_class, "block_out_channels": arch.vae_channels}
+    if info.alias in PUBLISHED:
+        parts = {row.denoiser: PUBLISHED[info.alias]}
+        return _Configs(info.alias, row.pipelines[0], parts, None, vae, {}, info.max_sequence_length)
+    assert isinstance(arch, Architecture), "other families have published configs"
     config = {
         "_class_name": "FluxTransformer2DModel",
         "num_layers": arch.double_blocks,
@@ -192,7 +199,6 @@ def _registered(info: ModelInfo) -> _Configs:
         "guidance_embeds": arch.guidance_embeds,
     }
     scheduler = {"max_image_seq_len": (info.native_size // arch.multiple) ** 2}
-    vae = {"_class_name": arch.vae_class, "block_out_channels": arch.vae_channels}
     return _Configs(info.alias, "FluxPipeline", {"transformer": config}, None, vae, scheduler, info.max_sequence_length)
 
 
@@ -284,8 +290,9 @@ def _layouts(family: Family, roles: Mapping[str, int], size: Mapping[str, int]) 
     out = {}
     for role in roles:
         own = dict(size)
-        if role.startswith("level"):
-            own["level"] = int(role.removeprefix("level"))
+        place = role.removeprefix(CROSS)
+        if place.startswith("level"):
+            own["level"] = int(place.removeprefix("level"))
         if role not in ("joint", "self") and "n_text" in own:
             own["n_text"] = 0
         out[role] = family.layout_for(own.pop("height"), own.pop("width"), **own)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CROSS = "cross "
+"""What the roles of cross-attention begin with."""
+
 
 @dataclass(frozen=True)
 class WithKeys:
@@ -58,6 +61,8 @@ class Family:
             of the layout query by query; None where it does not.
         product_mask: name of an argument [B, tokens] that the blocks multiply with itself to a mask of all pairs. It is
             taken out of sparse calls, so that no such matrix is made; "" where there is none.
+        cross: (model, names of its attention modules) -> name -> role of modules that attend to text alone, which is
+            "cross " and the role whose layout their queries have; none for families without such methods.
         prompted: role of the layout of the picture alone, where image prompts call attention a second time, over the
             picture's keys and their own; "" where they do not.
     """
@@ -73,6 +78,7 @@ class Family:
     own_mask: Callable[[Any, Layout], "Pattern | None"] = lambda _model, _layout: None
     product_mask: str = ""
     prompted: str = ""
+    cross: Callable[[Any, Iterable[str]], dict[str, str]] = lambda _model, _names: {}
 
     def timestep(self, bound: Mapping[str, Any]) -> Any:
         """The time of a call, falling during a run: a number or a tensor.

@@ -1,7 +1,8 @@
 """UNets of Stable Diffusion 1.5, 2 and XL, their ControlNets, and AnimateDiff: self-attention at several resolutions.
 
 Every level of the UNet is a role of its own, "level0" (the latent cells) and up. Which level a module is at follows
-from its place in the model, because token counts can be equal at different levels.
+from its place in the model, because token counts can be equal at different levels. Cross-attention of a level has the
+role "cross level0" and so on.
 """
 
 import re
@@ -9,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.families.base import Family, Layouts, TensorMemo, needed, whole_tokens
+from gensparse.families.base import CROSS, Family, Layouts, TensorMemo, needed, whole_tokens
 from gensparse.families.latents import trained_tokens
 from gensparse.layout import Layout
 
-_SITE = re.compile(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\.attentions\..*transformer_blocks\.\d+\.attn1")
+_SITE = re.compile(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\.attentions\..*transformer_blocks\.\d+\.attn[12]")
 _HALVING = {
     "CrossAttnDownBlock2D",
     "DownBlock2D",
@@ -29,19 +30,34 @@ def sites(model: Any, names: Iterable[str]) -> dict[str, str]:
 
     Motion modules, and `attn1` that looks at the text, are no sites.
     """
+    own = (name for name in names if name.endswith(".attn1"))
+    return _levels(model, (name for name in own if not _reads_text(model, name)), "level")
+
+
+def cross(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Every attention of a transformer block that looks at the text, `attn2` in most UNets, by level."""
+    return _levels(model, (name for name in names if _reads_text(model, name)), f"{CROSS}level")
+
+
+def _reads_text(model: Any, name: str) -> bool:
+    return _SITE.fullmatch(name) is not None and getattr(model.get_submodule(name), "is_cross_attention", False)
+
+
+def _levels(model: Any, names: Iterable[str], prefix: str) -> dict[str, str]:
+    """Role by name, in the order of the computation."""
     last = len(model.config["down_block_types"]) - 1
     parts: tuple[dict[str, str], ...] = ({}, {}, {})
     for name in names:
         place = _SITE.fullmatch(name)
-        if place is None or getattr(model.get_submodule(name), "is_cross_attention", False):
+        if place is None:
             continue
         _, down, up = place.groups()
         if down:
-            parts[0][name] = f"level{int(down)}"
+            parts[0][name] = f"{prefix}{int(down)}"
         elif up:
-            parts[2][name] = f"level{last - int(up)}"
+            parts[2][name] = f"{prefix}{last - int(up)}"
         else:
-            parts[1][name] = f"level{last}"
+            parts[1][name] = f"{prefix}{last}"
     return {name: role for part in parts for name, role in part.items()}
 
 
@@ -103,7 +119,7 @@ def native_tokens(model: Any, _scheduler_config: Mapping[str, Any] | None = None
 
 def coarseness(role: str) -> int:
     """Latent cells per token and axis at the sites of a role."""
-    return 2 ** int(role.removeprefix("level"))
+    return 2 ** int(role.removeprefix(CROSS).removeprefix("level"))
 
 
 def _halved(cells: int, kind: str, config: Mapping[str, Any]) -> int:
@@ -123,5 +139,6 @@ FAMILY = Family(
     layout_for=layout_for,
     native_tokens=native_tokens,
     coarseness=coarseness,
+    cross=cross,
     blocks=r".*\.attentions\..*transformer_blocks\.\d+",
 )

@@ -1,7 +1,7 @@
 """Method: the frozen settings of one published way to make attention sparse, and what it does on a layout."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -11,10 +11,11 @@ from gensparse.layout import Layout, Segment
 from gensparse.patterns import Pattern, RoutedPattern
 
 if TYPE_CHECKING:  # methods are listed and described without torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from gensparse.attention import Sources
     from gensparse.processors.operators import Operator
+    from gensparse.processors.stages import Stages
 
 
 class Place(NamedTuple):
@@ -33,7 +34,8 @@ class At(NamedTuple):
     `steps` is None where nobody knows how many there will be (a bare model without its pipeline); `layout` is that of
     the call where `Method.heads` is asked; `coarseness` is how many times fewer tokens per axis the sites have than the
     first level of a model of several resolutions; `recorded` are the key sources that the sites have kept, see
-    `Method.recording`.
+    `Method.recording`. `guided` says whether the first half of the batch is the unconditional one, as the pipeline
+    tells; None for a bare model. `call` counts the calls with the timestep of this step, for methods that are timed.
     """
 
     kind: Hashable = None
@@ -43,6 +45,8 @@ class At(NamedTuple):
     layout: Layout | None = None
     coarseness: int = 1
     recorded: tuple[Segment, ...] = ()
+    guided: bool | None = None
+    call: int = 0
 
 
 START = At()
@@ -52,13 +56,15 @@ START = At()
 class Subject(NamedTuple):
     """The model a method is put on.
 
-    `denoisers` is how many models of its kind take turns in a run of its pipeline (Wan 2.2: two).
+    `denoisers` is how many models of its kind take turns in a run of its pipeline (Wan 2.2: two). `owner` is the
+    pipeline, where `Method.load` may ask it for encodings; None for a bare model. Do not keep it.
     """
 
     family: str
     model: "nn.Module"
     native_tokens: int | None = None
     denoisers: int = 1
+    owner: Any = None
 
 
 class Recording(NamedTuple):
@@ -92,6 +98,48 @@ class Loaded(ABC):
     def begin_beside(self, at: At, arguments: dict[str, Any]) -> bool:
         """The same before calls of the models `beside` the denoiser, which come first in a step."""
         return False
+
+    pipeline: Callable[[], Any] = staticmethod(lambda: None)
+    """Gives the pipeline of the model, None for a bare one; set before the first call."""
+
+    def use(self, subjects: Any) -> None:
+        """Who is in the pictures to come, see `Handle.use`; only where the method `casts`."""
+        raise NotImplementedError
+
+    def writing(self, names: Sequence[str], device: Any) -> "AbstractContextManager[None]":
+        """Around calls whose reference pictures are kept, see `Handle.writing`; only where the method `casts`."""
+        raise NotImplementedError
+
+    def rehearsal(self) -> "AbstractContextManager[None]":
+        """Around a first run that the method learns from, see `Handle.rehearsal`.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        raise ConfigError("The method on the model learns nothing from a rehearsal; run it at once.")
+
+    def forget(self) -> None:  # noqa: B027 - most keep nothing
+        """Drop what was kept of reference pictures."""
+
+    def stages(self, layout: Layout, at: At) -> "Stages | Dense":
+        """What cross-attention sites of `at` do in this call; `layout` is that of their queries."""
+        return Dense("it does not act on cross-attention")
+
+    def start(self, pipe: Any, latents: "Tensor", arguments: dict[str, Any]) -> "Tensor":
+        """See `Handle.start`."""
+        return latents
+
+    def maps(self) -> "Tensor":
+        """See `Handle.maps`.
+
+        Raises:
+            ConfigError: the method keeps none.
+        """
+        raise ConfigError("The method on the model keeps no attention maps; apply disendiff for that.")
+
+    def step_end(self, pipe: Any, index: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the pipeline calls after every step, see `Handle.on_step_end`; returns the tensors it changed."""
+        return {}
 
     def layout(self, layout: Layout, at: At) -> Layout:
         """What sites of `at` really see in this call, where the sizes inside the model are other ones."""
@@ -132,6 +180,8 @@ class Method(ABC):
     """Whether `pattern` has a rule for reference pictures in the sequence (see `methods.pictures`)."""
     records: ClassVar[bool] = False
     """Whether it needs a call that is recorded, see `Handle.record` and `recording`."""
+    casts: ClassVar[bool] = False
+    """Whether pictures of a batch see each other, so that it takes subjects and references, see `Handle.use`."""
     audit: ClassVar[int] = 0
     """Picture tokens per call that are compared with dense attention unless the user says otherwise."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -149,6 +199,10 @@ class Method(ABC):
 
         Called for every denoiser call, so it only describes; equal patterns share one plan.
         """
+
+    def part(self, family: str) -> str:
+        """Which attention it acts on in models of a family: "self" (and joint), "cross", or "both"."""
+        return "self"
 
     def kind(self, place: Place) -> Hashable:
         """What of its place a site's pattern depends on. Sites of equal kinds and roles act alike.

@@ -19,7 +19,9 @@ class MasaCtrl(SubjectMethod):
 
     The first picture of a half is the source, generated from the same noise as the others or given by its latents; it
     is left as it is. `Subjects(Concept(..., mask=..., region=...))` restricts it: tokens inside `region` see the tokens
-    inside `mask`, the others the tokens outside. A side without a token is not restricted.
+    inside `mask`, the others the tokens outside. A side without a token is not restricted. In a UNet
+    `Concept(..., tokens=...)` does so too, where both masks are those of the words' cross-attention, in the layers
+    behind those that it is read from.
 
     Published for Stable Diffusion 1.x and XL. FLUX and Stable Diffusion 3, whose text stays visible, and PixArt are an
     extension of ours without measurements.
@@ -68,6 +70,6 @@ class MasaCtrl(SubjectMethod):
         return outside(self.name, self.start, self.stop, at)
 
     def load(self, subject: Subject, places: Mapping[str, Place]) -> "SubjectRun":
-        from gensparse.methods.subject_views import MasaCtrlRun
+        from gensparse.methods.masactrl_run import MasaCtrlRun
 
         return MasaCtrlRun(self, subject, places)

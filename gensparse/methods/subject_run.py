@@ -114,6 +114,8 @@ class SubjectRun(Loaded):
     """Whether all pictures of a half may be references."""
     multiple = 1
     """Lengths of gathered keys are padded to it."""
+    frames = False
+    """Whether frames of a clip may stand in the place of pictures."""
 
     def __init__(self, method: "SubjectMethod", subject: Subject, places: Mapping[str, Place]) -> None:
         self.method, self.family = method, subject.family
@@ -266,7 +268,7 @@ class SubjectRun(Loaded):
     def _batch(self, at: At, arguments: dict[str, Any], *, counted: bool) -> Batch:
         from gensparse.methods.subject_method import APART
 
-        total = pictures(arguments)
+        total = pictures(arguments, frames=self.frames)
         count = self.method.halves or self._halves(at)
         if not counted and count == 2 and (total % 2 or total // 2 <= self.references(total // 2)):
             count = 1  # a ControlNet that is asked for the conditional half alone
@@ -386,9 +388,15 @@ def plane(layout: Layout) -> Grid2:
     return layout.grid[1], layout.grid[2]
 
 
-def pictures(arguments: Mapping[str, Any]) -> int:
-    """Pictures of a denoiser call; frames of AnimateDiff's clips count as pictures."""
+def pictures(arguments: Mapping[str, Any], *, frames: bool = False) -> int:
+    """Pictures of a denoiser call; with `frames` the frames of clips count as pictures.
+
+    Raises:
+        ConfigError: no latents, or clips without `frames`.
+    """
     x = arguments.get("sample", arguments.get("hidden_states"))
     if not isinstance(x, Tensor):
         raise ConfigError("The denoiser call has no latents; pass sample or hidden_states.")
+    if x.dim() == 5 and not frames:
+        raise ConfigError("The denoiser call holds clips, whose frames are no pictures of a batch; take tokenflow.")
     return x.shape[0] * (x.shape[2] if x.dim() == 5 else 1)

@@ -15,12 +15,10 @@ from gensparse.methods.subject_run import CONDITIONAL, UNCONDITIONAL, Batch, Sha
 from gensparse.processors.operators import OperatorCall
 from gensparse.processors.shared import Seen, View, alone, attend_together, target_part
 from gensparse.subjects.cast import Subjects
-from gensparse.subjects.masks import to_grid
 from gensparse.subjects.style import adain, shared_group_norm, take_statistics
 
 if TYPE_CHECKING:
     from gensparse.methods.freecustom import FreeCustom
-    from gensparse.methods.masactrl import MasaCtrl
     from gensparse.methods.reference_only import ReferenceOnly
     from gensparse.methods.storydiffusion import StoryDiffusion
     from gensparse.methods.style_aligned import StyleAligned
@@ -169,42 +167,6 @@ class StyleRun(SubjectRun):
         return shared_group_norm(x, batch.items, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-class MasaCtrlRun(SubjectRun):
-    """The source's keys instead of the own ones, inside and outside of a mask apart."""
-
-    method: "MasaCtrl"
-    masked = False
-
-    def views(self, site: SharedSite, batch: Batch, k: Tensor, v: Tensor, layout: Layout) -> list[View | None]:
-        views: list[View | None] = []
-        for place in range(len(batch.halves)):
-            (source,) = self.keys_of(site, batch, place, k, v, layout)
-            view = View(self._sides(source.name, source.k, source.v, layout), own=self.method.union)
-            views += [None] * batch.references + [view] * (batch.items - batch.references)
-        return views
-
-    def _sides(self, name: str, k: Tensor, v: Tensor, layout: Layout) -> tuple[Seen, ...]:
-        concept = self.concept(name)
-        if concept is None or concept.mask is None or concept.region is None:
-            return (Seen(k, v),)
-        grid = layout.grid[1:]
-        keys, queries = (to_grid(mask, grid).flatten() for mask in (concept.mask, concept.region))
-        sides = []
-        for inside in (True, False):
-            kept = (keys == inside).nonzero()[:, 0].to(k.device)
-            part = (k[kept], v[kept]) if len(kept) else (k, v)
-            sides.append(Seen(*part, queries=(queries == inside).numpy()))
-        return tuple(sides)
-
-    def check(self, subjects: Subjects) -> None:
-        for item in subjects.concepts:
-            if (item.mask is None) != (item.region is None):
-                raise ConfigError(
-                    f"{self.method.name} needs mask and region of {item.name!r}, where it is in the source and where "
-                    "in the picture; pass both or neither."
-                )
-
-
 class ReferenceRun(SubjectRun):
     """The reference beside the own tokens, and its statistics behind the blocks of a UNet."""
 
@@ -269,6 +231,7 @@ class TokenFlowRun(SubjectRun):
     method: "TokenFlow"
     masked = False
     symmetric = True
+    frames = True
 
     def __init__(self, method: "TokenFlow", subject: Subject, places: Mapping[str, Place]) -> None:
         from gensparse.methods.subject_method import takes
@@ -285,7 +248,7 @@ class TokenFlowRun(SubjectRun):
             return super()._batch(at, arguments, counted=counted)
         from gensparse.methods.subject_run import pictures
 
-        total = pictures(arguments)
+        total = pictures(arguments, frames=True)
         halves = self.method.halves or (1 if at.guided is False else 2)
         if total % (halves + 1):
             raise ConfigError(

@@ -146,7 +146,10 @@ def _is_path(text: str) -> bool:
 
 def _local(method: str, path: Path) -> Path:
     if path.suffix != SUFFIX:
-        raise ModelError(f"{method} weights: {path.name} is no {SUFFIX} file; pickled weights are refused, convert it.")
+        raise ModelError(
+            f"{method} weights: {path.name} is no {SUFFIX} file; pickled weights are refused, convert it with "
+            "`gensparse models convert`."
+        )
     if not path.is_file():
         raise ModelError(f"{method} weights: there is no file {str(path)!r}; check the path.")
     return path

@@ -11,11 +11,12 @@ class Clock(threading.local):
     timestep that jumps up starts a new run, and so does a scheduler whose timesteps were set anew, which an interrupted
     run may be followed by. Pipelines that know better call `restart()`. Every thread has a run of its own.
 
-    `first` is the timestep of step 0.
+    `first` is the timestep of step 0, `call` counts the calls of a step from 0.
     """
 
     def __init__(self) -> None:
         self.step = -1
+        self.call = 0
         self.steps: int | None = None
         self.first: float | None = None
         self._last: float | None = None
@@ -37,10 +38,11 @@ class Clock(threading.local):
             plan: the scheduler's timesteps, the same object in all calls of a run; None where there is no scheduler.
         """
         now = float(timestep.max()) if hasattr(timestep, "max") else float(timestep)
+        self.call += 1
         if self._last is None or now > self._last or plan is not self._plan:
-            self.step, self.first, self._plan = 0, now, plan
+            self.step, self.call, self.first, self._plan = 0, 0, now, plan
         elif now < self._last or moment != self._moment:
-            self.step += 1
+            self.step, self.call = self.step + 1, 0
         self._last, self._moment = now, moment
         return self.step
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from gensparse.processors.masks import key_bias
 from gensparse.processors.operators import Operator, OperatorCall
 from gensparse.processors.pairs import ProductMask
 from gensparse.processors.rows import outputs_of, sample_rows, weights_of
+
+if TYPE_CHECKING:
+    from gensparse.processors.stages import Stages
 
 SPARSE = "sparse"
 
@@ -88,6 +91,7 @@ class Action:
         team: processes that divide the tokens of a call, so that each computes some heads.
         heads: those of the model that calls have, under tensor parallelism; None for all.
         record: what the sites keep of the call, also those that otherwise stay dense.
+        stages: what cross-attention sites do.
     """
 
     works: tuple[Work, ...] = ()
@@ -104,6 +108,7 @@ class Action:
     team: Team | None = None
     heads: slice | None = None
     record: Record | None = None
+    stages: "Stages | None" = None
 
 
 class ActionSlot:
@@ -165,6 +170,10 @@ class Site:
         self.backend: str | None = None
         self.audited: Tensor | None = None
 
+    def visit(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a site needs to know of a call of its processor besides q, k and v; None for nothing."""
+        return None
+
     def attend(
         self,
         q: Tensor,
@@ -176,6 +185,7 @@ class Site:
         refused: str | None = None,
         hidden: Tensor | None = None,
         divided: bool = False,
+        visit: Any = None,
     ) -> Tensor:
         """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current action, else `dense()`.
 

@@ -29,11 +29,15 @@ _BASE = "_gensparse_base"
 
 
 class _Running(threading.local):
-    """The site whose processor runs in this thread and its input; the redirected call cannot see the module."""
+    """The site whose processor runs in this thread, its input and the site's note of it.
+
+    The redirected call cannot see the module.
+    """
 
     def __init__(self) -> None:
         self.site: Site | None = None
         self.hidden: Tensor | None = None
+        self.visit: Any = None
 
 
 _RUNNING = _Running()
@@ -78,12 +82,14 @@ def sparse_variant(cls: type) -> type:
     redirected = _redirect(native_call(cls) or original)
 
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        previous = _RUNNING.site, _RUNNING.hidden
-        _RUNNING.site, _RUNNING.hidden = _site_of(attn), args[0] if args else kwargs.get("hidden_states")
+        previous = _RUNNING.site, _RUNNING.hidden, _RUNNING.visit
+        site = _site_of(attn)
+        _RUNNING.site, _RUNNING.hidden = site, args[0] if args else kwargs.get("hidden_states")
+        _RUNNING.visit = site.visit(attn, args, kwargs)
         try:
             return redirected(self, attn, *args, **kwargs)
         finally:
-            _RUNNING.site, _RUNNING.hidden = previous
+            _RUNNING.site, _RUNNING.hidden, _RUNNING.visit = previous
 
     # attention modules drop the keyword arguments that are not in the signature of their processor
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -144,7 +150,8 @@ def _dispatch_to_site(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return dense()
         mask = _compat.widened_mask(attn_mask, query.shape[0], key.shape[1])
         refused, divided = _compat.refusal(dropout_p, is_causal), _compat.divided(options)
-        return _running_site().attend(query, key, value, mask, scale, dense, refused, _RUNNING.hidden, divided)
+        running = _RUNNING.hidden, divided, _RUNNING.visit
+        return _running_site().attend(query, key, value, mask, scale, dense, refused, *running)
 
     return attend
 
@@ -172,7 +179,8 @@ def _sdpa_to_site(
         return dense().transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     refused = _compat.refusal(dropout_p, is_causal)
-    return _running_site().attend(q, k, v, attn_mask, scale, dense, refused, _RUNNING.hidden).transpose(1, 2)
+    running = _RUNNING.hidden, False, _RUNNING.visit
+    return _running_site().attend(q, k, v, attn_mask, scale, dense, refused, *running).transpose(1, 2)
 
 
 def _running_site() -> Site:

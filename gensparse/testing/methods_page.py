@@ -12,6 +12,7 @@ from typing import Any
 from gensparse.errors import ConfigError, short
 from gensparse.methods import METHODS, parse_method
 from gensparse.methods.describe import describe
+from gensparse.methods.unavailable import UNAVAILABLE
 
 COMMAND = "python -P -m gensparse.testing.methods_page docs/methods.md"
 
@@ -36,13 +37,16 @@ was measured. It says little about larger models.
 """
 
 
+NOT_AVAILABLE = "## Not available\n\n" + "\n".join(f"- **{name}**: {why}." for name, why in UNAVAILABLE.items())
+
+
 def page(quality: Path = QUALITY) -> str:
     """The text of docs/methods.md."""
     facts = [describe(cls) for cls in METHODS.values()]
     measured = read_quality(quality)
     lines = [f"| [`{item['name']}`](#{item['name']}) | {_sentence(item['use'])} |" for item in facts]
     table = "\n".join(["| method | when to take it |", "|---|---|", *lines])
-    parts = [HEAD, table, *(_section(item, measured.get(item["name"], ())) for item in facts)]
+    parts = [HEAD, table, *(_section(item, measured.get(item["name"], ())) for item in facts), NOT_AVAILABLE]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 

@@ -6,7 +6,7 @@ python -P -m gensparse.testing.support_table docs/models.md
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import requires
 from pathlib import Path
@@ -21,7 +21,9 @@ from gensparse.errors import GensparseError
 from gensparse.families import FAMILIES, Layouts, TensorMemo, family_named, family_of, notes_of
 from gensparse.layout import Layout
 from gensparse.methods import METHODS, Method, as_method
-from gensparse.testing.tiny import IMAGES, TINY, VIDEOS, tiny_denoiser, tiny_inputs
+from gensparse.subjects.cast import Concept, Subjects
+from gensparse.subjects.read_masks import box_mask
+from gensparse.testing.tiny import IMAGES, TINY, VIDEOS, tiny_denoiser, tiny_inputs, tiny_pipeline
 
 COMMAND = "python -P -m gensparse.testing.support_table docs/models.md"
 
@@ -31,14 +33,40 @@ GRIDS = {"picture": (1, 8, 12), "video": (3, 4, 6)}
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "auto": {"picture": "auto:dense_below=0", "video": "auto:dense_below=0"},
     "agentsd": {"sdxl": "agentsd:preset=sdxl"},
+    "masactrl": {"picture": "masactrl:start=0"},
 }
 """Methods whose defaults are for other sizes or models only -> (kind or model -> what was measured in their place)."""
+
+SUBJECTS: Mapping[str, Subjects] = {
+    "consistory": Subjects(Concept("it", tokens=(1,))),
+    "isolation_reposition": Subjects(
+        Concept("it", mask=box_mask((0, 0, 0.5, 1), (4, 6)), region=box_mask((0.4, 0, 1, 1), (4, 6)))
+    ),
+    "magicface": Subjects(Concept("it", mask=box_mask((0, 0, 0.5, 1), (4, 6)), tokens=(1,))),
+}
+"""Methods that have to know who is in the pictures -> what they are told; the first picture is the reference."""
+
+_PROMPT = "a cat and a dog in ink style"
+_REGIONS = [{"prompt": "a cat", "box": [0, 0, 0.5, 1]}, {"prompt": "a dog", "box": [0.5, 0, 1, 1]}]
+
+PROMPTED: Mapping[str, Mapping[str, Any]] = {
+    "autostudio": {"regions": _REGIONS, "background": "a field"},
+    "boxdiff": {"prompt": _PROMPT, "regions": _REGIONS},
+    "lpa": {"prompt": _PROMPT, "route": "lpa_full", "window": (0, 1000)},
+    "mip_adapter": {"objects": ("cat", "dog")},
+    "regional": {"regions": _REGIONS, "max_tokens": 16},
+    "structured": {"prompt": _PROMPT},
+}
+"""Methods that encode prompts of their own -> their settings. They get the text encoders of a tiny pipeline."""
 
 PAIRED = frozenset({"wan22"})
 """Models of which two take turns in a run."""
 
 FITTED: Mapping[tuple[str, str], Mapping[str, Any]] = {("cosmos", "cosmos_sparse"): {"num_layers": 28}}
 """(model, method) -> options of the tiny denoiser, where a method is made for one size of a model."""
+
+ENCODING = frozenset({"flux", "flux_kontext", "sd15", "sdxl", "sd3", "sd35"})
+"""Models whose prompts such methods encode; they refuse the others before that."""
 
 STEPS = 4
 
@@ -75,6 +103,8 @@ class Measured:
 class Subject:
     """A tiny model to try methods on: it stands for a pipeline, with a scheduler that knows steps and training size."""
 
+    do_classifier_free_guidance = False
+
     def __init__(self, name: str, **options: Any) -> None:
         self.name = name
         self.kind = "video" if name in VIDEOS else "picture"
@@ -82,9 +112,13 @@ class Subject:
         self.transformer_2 = tiny_denoiser(name, seed=1, **options) if name in PAIRED else None
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         self.scheduler.set_timesteps(STEPS)
-        self.inputs = tiny_inputs(name, GRIDS[self.kind])
+        self.inputs = self.arguments()
         self.ascending = self.model_class in FAMILIES and family_of(self.transformer).ascending_time
         self.output = self.run()
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the denoiser."""
+        return tiny_inputs(self.name, GRIDS[self.kind])
 
     @property
     def model_class(self) -> str:
@@ -111,6 +145,25 @@ class Subject:
         return text.split("; supported model classes are ")[0]
 
 
+class Prompted(Subject):
+    """With the text encoders of a tiny pipeline, and the text of its prompt."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        pipe = tiny_pipeline(name)
+        self.encode_prompt, self.tokenizer = pipe.encode_prompt, getattr(pipe, "tokenizer", None)
+        super().__init__(name, **options)
+
+    def arguments(self) -> dict[str, Any]:
+        known = {"prompt": _PROMPT, "prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1}
+        known |= {"do_classifier_free_guidance": False, "max_sequence_length": 16}
+        wanted = inspect.signature(self.encode_prompt).parameters
+        with torch.no_grad():
+            text = self.encode_prompt(**{key: value for key, value in known.items() if key in wanted})[0]
+        inputs = tiny_inputs(self.name, GRIDS[self.kind], text=text.shape[1])
+        own = inputs["encoder_hidden_states"]
+        return {**inputs, "encoder_hidden_states": text.to(own.dtype).expand_as(own)}
+
+
 def measure(names: Sequence[str] = tuple(TINY)) -> list[Measured]:
     """Try every registered method on tiny models."""
     return [_measure(name) for name in names]
@@ -118,10 +171,16 @@ def measure(names: Sequence[str] = tuple(TINY)) -> list[Measured]:
 
 def _measure(name: str) -> Measured:
     subject, outcomes = Subject(name), {}
+    prompted: Subject | None = None
     for key in METHODS:
         fitted = FITTED.get((name, key))
         own = SETTINGS.get(key, {})
         method = as_method(own.get(name, own.get(subject.kind, key)))
+        if key in PROMPTED:
+            method = as_method({"method": key, **PROMPTED[key]})
+            prompted = prompted or (Prompted(name) if name in ENCODING else subject)
+            outcomes[key] = outcome(prompted, method)
+            continue
         outcomes[key] = outcome(subject if fitted is None else Subject(name, **fitted), method)
     return Measured(name, subject.model_class, _roles(subject), outcomes)
 
@@ -150,6 +209,8 @@ def outcome(subject: Subject, method: Method) -> Outcome:
 def _run(subject: Subject, method: Method, handle: Any) -> Outcome:
     """The step with the most sparse sites; a method that wants a small picture of the call first gets it."""
     found = []
+    if method.name in SUBJECTS:
+        handle.use(SUBJECTS[method.name])
     if method.records:
         frames, height, width = GRIDS[subject.kind]
         ratio = getattr(method, "ratio", 1)
@@ -272,7 +333,16 @@ def _settings() -> str:
         f"`{text}` on {what}{'s' if what in GRIDS else ''}" for own in SETTINGS.values() for what, text in own.items()
     ]
     sizes = " and ".join("x".join(map(str, grid)) + f" for {kind}s" for kind, grid in GRIDS.items())
-    return f"Methods have their default settings, except {', '.join(texts)}. Grids are {sizes}, in tokens."
+    told = (
+        "Methods for several subjects got a reference picture and a generated one in a batch, without guidance. Methods "
+        f"with prompts of their own got two regions or names and the text encoders of a tiny pipeline, {_names(PROMPTED)}; "
+        "they act on cross-attention of UNets, whose layers are counted there."
+    )
+    return f"Methods have their default settings, except {', '.join(texts)}. Grids are {sizes}, in tokens. {told}"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _versions() -> str:

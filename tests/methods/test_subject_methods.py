@@ -455,6 +455,32 @@ def test_statistics_of_the_reference_change_features_and_masactrl_masks_split() 
     torch.testing.assert_close(masked[0], masked[2], rtol=0, atol=2e-5)
 
 
+def test_masactrl_finds_the_subject_by_its_words() -> None:
+    net, outs = denoiser("sd15"), []
+    for tokens in ((), (1,), (3,)):
+        with gensparse.applied(net, MasaCtrl(start=0, halves=2, layers="up_blocks")) as handle:
+            handle.use(one(tokens=tokens))
+            outs.append(call(net, inputs("sd15", 6)))
+            maps = handle._attachments[0].loaded._maps
+            assert len(maps) == (1 if tokens else 0)  # of the middle block
+            assert all(x.shape == (3, 2) for x in maps)
+    plain = call(net, inputs("sd15", 6))
+    for out in outs:
+        torch.testing.assert_close(out[[0, 3]], plain[[0, 3]], rtol=0, atol=2e-5)
+    assert not torch.allclose(outs[0], outs[1], atol=1e-4) or not torch.allclose(outs[0], outs[2], atol=1e-4)
+    with gensparse.applied(denoiser("flux"), MasaCtrl()) as handle, pytest.raises(ConfigError, match="in UNets alone"):
+        handle.use(one(tokens=(1,)))
+
+
+def test_clips_are_no_pictures_but_for_tokenflow() -> None:
+    from gensparse.methods.subject_run import pictures
+
+    clip = {"sample": torch.zeros(2, 4, 3, 5, 7)}
+    assert pictures(clip, frames=True) == 6
+    with pytest.raises(ConfigError, match="take tokenflow"):
+        pictures(clip)
+
+
 def test_isolation_needs_regions_and_the_step_draws_anew() -> None:
     net = denoiser("sd15")
     with gensparse.applied(net, IsolationReposition(halves=1)) as handle:
