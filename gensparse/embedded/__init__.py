@@ -1,4 +1,4 @@
-"""The embedded model: scene grammar, renderer, and a small FLUX pipeline trained on them; loaded on first use."""
+"""The embedded models: scene grammar, renderer, small FLUX and SDXL pipelines trained on them; loaded on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,14 +7,31 @@ _EXPORTS = {
     "load_embedded": "gensparse.embedded.loader",
     "embedded_path": "gensparse.embedded.loader",
     "embedded_notes": "gensparse.embedded.loader",
+    "load_folder": "gensparse.embedded.loader",
+    "SHIPPED": "gensparse.embedded.loader",
     "unknown_words": "gensparse.embedded.loader",
     "vocabulary": "gensparse.embedded.scenes",
 }
 
-__all__ = ["embedded_notes", "embedded_path", "load_embedded", "unknown_words", "vocabulary"]
+__all__ = [
+    "SHIPPED",
+    "embedded_notes",
+    "embedded_path",
+    "load_embedded",
+    "load_folder",
+    "unknown_words",
+    "vocabulary",
+]
 
 if TYPE_CHECKING:
-    from gensparse.embedded.loader import embedded_notes, embedded_path, load_embedded, unknown_words
+    from gensparse.embedded.loader import (
+        SHIPPED,
+        embedded_notes,
+        embedded_path,
+        load_embedded,
+        load_folder,
+        unknown_words,
+    )
     from gensparse.embedded.scenes import vocabulary
 
 

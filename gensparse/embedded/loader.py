@@ -1,60 +1,98 @@
-"""Loads the embedded model: a complete FLUX pipeline folder that ships inside the package.
+"""Loads the embedded models: complete pipeline folders that ship inside the package.
 
-The folder works with plain diffusers too: `FluxPipeline.from_pretrained(embedded_path())`, called with
-`max_sequence_length=32` (the text length it was trained with; FLUX does not mask padding) and `true_cfg_scale` about
-3.5 with an empty negative prompt.
+`model/` is a FLUX pipeline and works with plain diffusers too: `FluxPipeline.from_pretrained(embedded_path())`, called
+with `max_sequence_length=32` (the text length it was trained with; FLUX does not mask padding) and `true_cfg_scale`
+about 3.5 with an empty negative prompt. Its position ids are scene coordinates in native tokens, centre-aligned: token
+i of a grid with spacing s lies at (i + 0.5) * s - 0.5. Spacing is 1 at the native size and 1/z for a picture z times as
+large, z up to 16; the model has seen close-ups of such pictures.
 
-Native size: 256 x 256 pixels, 256 tokens. Position ids are scene coordinates in native tokens, centre-aligned: token i
-of a grid with spacing s lies at (i + 0.5) * s - 0.5. Spacing is 1 at the native size and 1/z for a picture z times as
-large, z up to 16; the model has seen close-ups of such pictures. `model/gensparse.json` holds these facts as data.
+`unet_model/` is a Stable Diffusion XL pipeline with the same autoencoder and words:
+`StableDiffusionXLPipeline.from_pretrained(embedded_path("unet"))`.
+
+Both: 256 x 256 pixels natively. The `gensparse.json` of each folder holds these facts as data.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gensparse.embedded.scenes import vocabulary
-from gensparse.errors import ModelError
+from gensparse.errors import ConfigError, ModelError, unknown_name
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxPipeline
+    from diffusers import FluxPipeline, StableDiffusionXLPipeline
+
+ALIASES: Mapping[str, str] = {"flux": "embedded", "unet": "embedded-unet"}
+"""Kind of embedded model -> its name for `-m`."""
+
+_FOLDERS = {"flux": "model", "unet": "unet_model"}
+_MISSING = {
+    "flux": "install gensparse again from a complete wheel or checkout.",
+    "unet": "train it with samples/embedded/train.py --model unet, or use the embedded FLUX model (-m embedded).",
+}
 
 
-def embedded_path() -> Path:
-    """Folder of the embedded pipeline. Raises ModelError when the installation lacks it."""
-    path = Path(str(files("gensparse.embedded").joinpath("model")))
+def embedded_path(kind: str = "flux") -> Path:
+    """Folder of an embedded pipeline.
+
+    Args:
+        kind: "flux" or "unet".
+
+    Raises:
+        ConfigError: another kind.
+        ModelError: the installation lacks it.
+    """
+    if kind not in _FOLDERS:
+        raise ConfigError(unknown_name("embedded model", kind, _FOLDERS))
+    path = Path(str(files("gensparse.embedded").joinpath(_FOLDERS[kind])))
     if not (path / "model_index.json").is_file():
-        raise ModelError(
-            f"The embedded model is not at {path}: install gensparse again from a complete wheel or checkout."
-        )
+        raise ModelError(f"The model {ALIASES[kind]} is not at {path}: {_MISSING[kind]}")
     return path
 
 
-def embedded_notes() -> dict[str, Any]:
-    """Facts no diffusers config holds: native_size (pixels), max_sequence_length, position_ids, zooms."""
-    return json.loads((embedded_path() / "gensparse.json").read_text(encoding="utf-8"))
+SHIPPED: Mapping[str, Callable[[], Path]] = {alias: partial(embedded_path, kind) for kind, alias in ALIASES.items()}
+"""Name for `-m` -> its folder."""
 
 
-def load_embedded(dtype: "torch.dtype | None" = None) -> "FluxPipeline":
-    """The embedded model as a FluxPipeline on the CPU; float32 unless `dtype` says otherwise."""
+def embedded_notes(kind: str = "flux") -> dict[str, Any]:
+    """Facts no diffusers config holds: native_size (pixels), max_sequence_length, num_inference_steps and others."""
+    return json.loads((embedded_path(kind) / "gensparse.json").read_text(encoding="utf-8"))
+
+
+def load_embedded(dtype: "torch.dtype | None" = None, kind: str = "flux") -> "FluxPipeline | StableDiffusionXLPipeline":
+    """An embedded model as a diffusers pipeline on the CPU: a FluxPipeline, or with "unet" Stable Diffusion XL's.
+
+    Args:
+        dtype: of the weights; float32 without.
+
+    Raises:
+        ConfigError: another kind.
+        ModelError: the installation lacks it.
+    """
+    return load_folder(embedded_path(kind), dtype)
+
+
+def load_folder(path: Path, dtype: "torch.dtype | None" = None) -> "FluxPipeline | StableDiffusionXLPipeline":
+    """A pipeline folder with an AutoencoderTiny, which diffusers would warn of, without bars; float32 without dtype."""
     import torch
-    from diffusers import AutoencoderTiny, FluxPipeline
+    from diffusers import AutoencoderTiny, DiffusionPipeline
 
-    path, dtype = embedded_path(), dtype or torch.float32
+    dtype = dtype or torch.float32
     with _quiet():
         vae = AutoencoderTiny.from_pretrained(path, subfolder="vae", dtype=dtype, local_files_only=True)
-        return FluxPipeline.from_pretrained(path, vae=vae, dtype=dtype, local_files_only=True)
+        return DiffusionPipeline.from_pretrained(path, vae=vae, dtype=dtype, local_files_only=True)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, and no warning that an AutoencoderTiny sits in a FluxPipeline: that is intended."""
+    """No progress bars, and no warning that an AutoencoderTiny stands for the VAE: that is intended."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
@@ -21,10 +22,13 @@ from gensparse.embedded.scenes import caption, random_scene, vocabulary
 
 CLIP_LENGTH = 40
 T5_LENGTH = 32
+PAIR_LENGTH = 77  # of both tokenizers of the UNet, as SDXL has it
+PAIR_WIDTHS = (96, 192)  # of its text encoders
+POOLED = 128  # width of the pooled embedding of the second
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(length: int = CLIP_LENGTH, **more: str) -> CLIPTokenizer:
     """Byte-level BPE whose merges, learned from the grammar's words until none is left, make every word one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -37,7 +41,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
     tokens = [*dict.fromkeys(tokens), START, END]
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=CLIP_LENGTH
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=length, **more
     )
 
 
@@ -69,19 +73,22 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 
 def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of width 96; its pooled output (at the end token) steers the modulation."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=CLIP_LENGTH,
-            projection_dim=96,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextModel(clip_config(tokenizer, width=96, inner=256, layers=2, projection=96))
+
+
+def clip_config(tokenizer: CLIPTokenizer, *, width: int, inner: int, layers: int, projection: int) -> CLIPTextConfig:
+    """A text encoder for this tokenizer, with heads of 32 channels."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -124,3 +131,36 @@ class Captions:
         clip = self.clip(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt")
         t5 = self.t5(texts, padding="max_length", max_length=t5_length, truncation=True, return_tensors="pt")
         return clip.input_ids, t5.input_ids
+
+
+class CaptionPair:
+    """Token ids of captions for both text encoders of the UNet, padded as StableDiffusionXLPipeline pads them."""
+
+    def __init__(self) -> None:
+        self.first = round_trip(clip_tokenizer(PAIR_LENGTH), CLIPTokenizer)
+        self.second = round_trip(clip_tokenizer(PAIR_LENGTH, pad_token="!"), CLIPTokenizer)
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids of the first, ids of the second tokenizer), [B, 77] each."""
+        settings = {"padding": "max_length", "max_length": PAIR_LENGTH, "truncation": True, "return_tensors": "pt"}
+        return self.first(texts, **settings).input_ids, self.second(texts, **settings).input_ids
+
+
+def encoder_pair(captions: CaptionPair) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """The text encoders of the UNet; SDXL reads their last layer but one, and the second's pooled embedding."""
+    first, second = PAIR_WIDTHS
+    pair = (
+        CLIPTextModel(clip_config(captions.first, width=first, inner=256, layers=2, projection=first)),
+        CLIPTextModelWithProjection(clip_config(captions.second, width=second, inner=512, layers=3, projection=POOLED)),
+    )
+    for encoder in pair:  # the gradient of fused attention is slower on CPUs at these sizes
+        encoder.set_attn_implementation("eager")
+    return pair
+
+
+@torch.no_grad()
+def take_weights(encoder: CLIPTextModel, trained: CLIPTextModel) -> None:
+    """Copy weights of equal shape, and of longer tables (positions) the first rows."""
+    own = encoder.state_dict()
+    for name, value in trained.state_dict().items():
+        own[name][: len(value)] = value

@@ -1,17 +1,21 @@
-"""Train the embedded model from nothing: `python samples/embedded/train.py --run DIR --minutes 120`.
+"""Train an embedded model from nothing: `python samples/embedded/train.py --run DIR --minutes 120 [--model unet]`.
 
-Steps: autoencoder, tokenised captions and encoded pictures, transformer with its text encoders, export. Each step is a
+Steps: autoencoder, tokenised captions and encoded pictures, denoiser with its text encoders, export. Each step is a
 script of its own and is skipped, or continued, when its result is already in DIR. On two CPU cores two hours give a
-usable model; more time gives a better one, because the schedule of the transformer follows `--minutes`.
+usable model; more time gives a better one. The UNet takes the shipped autoencoder and teaches its text encoders first.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from gensparse.embedded import embedded_path
+
 HERE = Path(__file__).parent
 SHARDS = {"whole": 10, "native": 6, "close": 6, "wide": 4}
+OUT = {"flux": "gensparse/embedded/model", "unet": "gensparse/embedded/unet_model"}
 
 
 def run(script: str, *arguments: object) -> None:
@@ -22,21 +26,30 @@ def run(script: str, *arguments: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints, latents and curves")
-    parser.add_argument("--out", type=Path, default=Path("gensparse/embedded/model"))
-    parser.add_argument("--minutes", type=float, default=120, help="for the transformer")
+    parser.add_argument("--model", choices=OUT, default="flux")
+    parser.add_argument("--out", type=Path, help="pipeline folder; the shipped one without")
+    parser.add_argument("--minutes", type=float, default=120, help="for the denoiser")
     parser.add_argument("--autoencoder-minutes", type=float, default=10)
-    parser.add_argument(
-        "--compile", action="store_true", help="about 1.35 times faster steps after minutes of compiling"
-    )
+    parser.add_argument("--compile", action="store_true", help="faster steps after minutes of compiling")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
+    unet = args.model == "unet"
     if not (args.run / "vae").exists():
-        run("autoencoder", "--run", args.run, "--minutes", args.autoencoder_minutes)
+        if unet:
+            shutil.copytree(embedded_path() / "vae", args.run / "vae")
+        else:
+            run("autoencoder", "--run", args.run, "--minutes", args.autoencoder_minutes)
     for kind, shards in SHARDS.items():
         run("encode", "--run", args.run, "--kind", kind, "--shards", shards)
     options = ["--compile"] if args.compile else []
-    run("transformer", "--run", args.run, "--minutes", args.minutes, *options)
-    run("export", "--run", args.run, "--out", args.out)
+    if not unet:
+        run("transformer", "--run", args.run, "--minutes", args.minutes, *options)
+    else:
+        if not (args.run / "text.pt").exists():
+            run("text_meaning", "--run", args.run)
+        options += ["--decay-minutes", args.minutes / 3]
+        run("unet", "--run", args.run, "--minutes", args.minutes, *options)
+    run("export", "--run", args.run, "--model", args.model, "--out", args.out or OUT[args.model])
 
 
 if __name__ == "__main__":
