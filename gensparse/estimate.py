@@ -171,6 +171,9 @@ class StageShape:
     attention: str = "dense"
     density: float = 1.0
     passes: int = 1  # calls of the model per step: 2 with classifier-free guidance
+    views: int = 0  # windows of `view` pixels that are computed in place of the whole map, `view_batch` at once
+    view: tuple[int, int] = (0, 0)
+    view_batch: int = 1
 
 
 def time_class(seconds: float) -> str:
@@ -279,10 +282,13 @@ def _stage(
     arch: Architecture, shape: StageShape, n_text: int, size: int, memory: Memory, rates: Rates | None
 ) -> StageEstimate:
     tokens = arch.tokens(shape.height, shape.width) + n_text
-    linear, attention = (shape.passes * flops for flops in arch.flops(tokens))
+    once = arch.tokens(*shape.view) + n_text if shape.views else tokens  # of one call
+    calls = shape.passes * max(1, shape.views)
+    linear, attention = (calls * flops for flops in arch.flops(once))
     attention *= shape.density
     batch = shape.passes if arch.guidance_in_batch and not memory.halves else 1
-    whole, pieces = (int(batch * arch.activation_values(chunked) * size * tokens) for chunked in (False, True))
+    batch *= min(shape.view_batch, max(1, shape.views))
+    whole, pieces = (int(batch * arch.activation_values(chunked) * size * once) for chunked in (False, True))
     seconds = None
     if rates is not None:
         seconds = shape.steps * (linear / rates.linear + attention / rates.attention)

@@ -5,6 +5,7 @@ only, no code from a model folder unless the caller trusts it.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gensparse.errors import ModelError, unknown_name
+from gensparse.families.checkpoints import CHECKPOINTS, Checkpoint
+from gensparse.families.checkpoints import PIPELINES as FAMILIES  # pipeline class of model_index.json -> family
+from gensparse.families.published import PUBLISHED, SCHEDULERS, VAES
+from gensparse.families.sizes import SDXL, Architecture, JointArchitecture, UNetArchitecture
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5")
 TRUSTED_LIBRARIES = ("diffusers", "transformers")
@@ -20,114 +25,22 @@ MAX_JSON = 4 << 20
 OWN_FILES = ("gensparse.json", "attention_profile.json")  # what a model's folder may say to gensparse
 
 
+AnyArchitecture = Architecture | JointArchitecture | UNetArchitecture
+
+__all__ = [
+    "FAMILIES",
+    "PICKLES",
+    "REGISTRY",
+    "SDXL",
+    "Architecture",
+    "ModelInfo",
+    "ModelRef",
+    "UNetArchitecture",
+    "resolve",
+]
+
+
 # ----------------------------------------------------------------------------------------------------------- registry
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a FLUX-type model that decide cost: read from its configs, so that no weights are needed."""
-
-    double_blocks: int = 19
-    single_blocks: int = 38
-    heads: int = 24
-    head_dim: int = 128
-    in_channels: int = 64
-    guidance_embeds: bool = True
-    vae_class: str = "AutoencoderKL"
-    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
-    vae_convs: tuple[int, ...] = (7, 7, 7, 11)  # 3x3 convolutions of the decoder per level, full resolution first
-    encoder_params: int = 4_885_000_000  # T5-XXL 4.76 B and CLIP-L 0.12 B
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def layers(self) -> int:
-        return self.double_blocks + self.single_blocks
-
-    @property
-    def vae_factor(self) -> int:
-        return 2 ** (len(self.vae_channels) - 1)
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of a picture are multiples of this many pixels: autoencoder factor times the 2x2 packing."""
-        return 2 * self.vae_factor
-
-    @property
-    def transformer_params(self) -> int:
-        """Weights of the blocks: 12 d^2 per stream, and d^2 times 6 (double, twice) or 3 (single) for modulation."""
-        return self.width**2 * (self.double_blocks * 36 + self.single_blocks * 15)
-
-    @property
-    def kept_params(self) -> int:
-        """Weights that fp8 storage leaves alone: the modulations, which belong to norms."""
-        return self.width**2 * (self.double_blocks * 12 + self.single_blocks * 3)
-
-    @property
-    def guidance_in_batch(self) -> bool:
-        return False
-
-    def tokens(self, height: int, width: int) -> int:
-        """Picture tokens of a size in pixels."""
-        return (height // self.multiple) * (width // self.multiple)
-
-    def activation_values(self, chunked: bool) -> float:
-        """Live values per token at the peak of a call, traced: the single blocks, or rotating queries and keys."""
-        return (13.3 if chunked else 17.3) * self.width
-
-    def flops(self, tokens: int) -> tuple[float, float]:
-        """(linear, dense attention) FLOP of one call."""
-        return 24.0 * self.width**2 * self.layers * tokens, 4.0 * self.width * self.layers * tokens**2
-
-
-@dataclass(frozen=True)
-class UNetArchitecture:
-    """Sizes of an SDXL-type UNet that decide cost: traced and counted on its real layer shapes.
-
-    A token is a cell of the finest level with attention: 2 x 2 latent pixels.
-    """
-
-    transformer_params: int = 2_567_000_000
-    layers: int = 19  # groups that offloading moves: blocks of the levels
-    in_channels: int = 4
-    width: int = 640
-    head_dim: int = 64
-    linear_flops: float = 1.467e9  # per token, convolutions and attention to text included
-    attention_flops: float = 44_800.0  # per pair of tokens: 10 blocks of 640 channels, 60 of 1280 on a quarter
-    values: tuple[float, float] = (20_150.0, 17_950.0)  # live per token at the peak, whole and in chunks
-    vae_class: str = "AutoencoderKL"
-    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
-    vae_convs: tuple[int, ...] = (7, 7, 7, 11)
-    encoder_params: int = 817_000_000  # CLIP-L 0.12 B and OpenCLIP bigG 0.69 B
-    kept_params: int = 0
-    guidance_in_batch: bool = True
-
-    @property
-    def vae_factor(self) -> int:
-        return 2 ** (len(self.vae_channels) - 1)
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of a picture are multiples of this many pixels."""
-        return self.vae_factor
-
-    def tokens(self, height: int, width: int) -> int:
-        """Picture tokens of a size in pixels."""
-        side = 2 * self.vae_factor
-        return -(-height // side) * -(-width // side)
-
-    def activation_values(self, chunked: bool) -> float:
-        """Live values per token at the peak of one half of the guidance."""
-        return self.values[chunked]
-
-    def flops(self, tokens: int) -> tuple[float, float]:
-        """(linear, dense attention) FLOP of one half of the guidance."""
-        return self.linear_flops * tokens, self.attention_flops * tokens**2
-
-
-SDXL = UNetArchitecture()
-
-
 @dataclass(frozen=True)
 class ModelInfo:
     """One entry of the registry: what a user can type and what a request leaves to the model."""
@@ -142,7 +55,7 @@ class ModelInfo:
     guidance: float = 3.5
     max_sequence_length: int = 512
     unconditional: bool = False  # trained with empty prompts
-    architecture: Architecture = Architecture()
+    architecture: AnyArchitecture = field(default_factory=Architecture)
     attention: str | None = None  # what `auto` uses beyond `dense_below` tokens; None: a window of the native size
     dense_below: int = 8192
     cascade: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of highres.stages.CascadeSettings
@@ -151,13 +64,36 @@ class ModelInfo:
     @property
     def guidance_kind(self) -> str:
         """What `guidance` sets: "embedded" (an input of the model), "cfg" (two passes per step) or "none"."""
-        if self.architecture.guidance_embeds:
+        if getattr(self.architecture, "guidance_embeds", False):
             return "embedded"
         return "cfg" if self.unconditional else "none"
 
+    @property
+    def row(self) -> Checkpoint:
+        """What its family is like."""
+        return CHECKPOINTS[self.family]
 
+
+_STABILITY = "Stability AI Community License"
 _FLUX_DEV = "FLUX.1 [dev] Non-Commercial License"
 _DISTILLED = Architecture(guidance_embeds=False)
+
+def _published(alias: str, family: str, hub_id: str, licence: str, summary: str, **facts: Any) -> ModelInfo:
+    """An entry whose sizes follow from the published config of its denoiser."""
+    row, config = CHECKPOINTS[family], PUBLISHED[alias]
+    known = facts_of(row, config, VAES.get(alias, {}), SCHEDULERS.get(alias, {}))
+    return ModelInfo(alias, family, hub_id, licence, summary, **{**known, **facts})
+
+
+def facts_of(
+    row: Checkpoint, config: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields of `ModelInfo` that follow from the configs of a denoiser, its autoencoder and its scheduler."""
+    arch = replace(row.sizes(config, vae), encoder_params=row.encoders)
+    native = row.native(config, scheduler, arch)
+    found = {**row.facts, **row.adapt(config, arch), "architecture": arch}
+    return found if native is None else {**found, "native_size": native}
+
 
 REGISTRY: dict[str, ModelInfo] = {
     info.alias: info
@@ -206,11 +142,46 @@ REGISTRY: dict[str, ModelInfo] = {
             "12 B parameters, photographic look",
             guidance=4.5,
         ),
+        _published(
+            "sdxl",
+            "sdxl",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "CreativeML Open RAIL++-M",
+            "2.6 B parameters",
+        ),
+        _published(
+            "sdxl-turbo",
+            "sdxl",
+            "stabilityai/sdxl-turbo",
+            _STABILITY,
+            "2.6 B parameters, 4 steps without guidance, native 512",
+        ),
+        _published(
+            "sd1.5",
+            "sd15",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "CreativeML Open RAIL-M",
+            "0.9 B parameters, native 512",
+        ),
+        _published(
+            "sd3-medium",
+            "sd3",
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            _STABILITY,
+            "2 B parameters",
+        ),
+        _published("sd3.5-medium", "sd3", "stabilityai/stable-diffusion-3.5-medium", _STABILITY, "2.5 B parameters"),
+        _published(
+            "sd3.5-large",
+            "sd3",
+            "stabilityai/stable-diffusion-3.5-large",
+            _STABILITY,
+            "8 B parameters",
+            guidance=3.5,
+        ),
+        _published("qwen-image", "qwenimage", "Qwen/Qwen-Image", "Apache-2.0", "20 B parameters, writes text well"),
     )
 }
-
-# pipeline class of model_index.json -> family
-FAMILIES = {"FluxPipeline": "flux", "FluxImg2ImgPipeline": "flux", "FluxHighresPipeline": "flux"}
 
 
 # --------------------------------------------------------------------------------------------------------- resolution
@@ -339,6 +310,8 @@ def _check_folder(
     _refuse_code(code, name, trust_remote_code)
     if weights:
         check_weights(index, files, name)
+        _check_variant(variant, files, name)
+        variant = variant or only_variant(index, files)
     facts = _facts(folder, name, index, family, info)
     return ModelRef(name, facts, folder, revision, variant, remote_code=bool(code))
 
@@ -369,8 +342,17 @@ def check_index(index: Mapping[str, Any], name: str) -> str:
             f"model {name!r} ({label}) has two transformers and its family is not supported; supported: {_families()}"
         )
     if isinstance(label, str) and label in FAMILIES:
-        return FAMILIES[label]
+        return _complete(index, label, name)
     raise ModelError(f"model {name!r} is of the unsupported family {label!r}; supported: {_families()}")
+
+
+def _complete(index: Mapping[str, Any], label: str, name: str) -> str:
+    """The family of a pipeline class, if the checkpoint has what tells it from its kin."""
+    row, there = CHECKPOINTS[FAMILIES[label]], components(index)
+    for part in (row.denoiser, "vae", *row.needs):
+        if part not in there:
+            raise ModelError(f"model {name!r} ({label}) has no {part}; give a complete checkpoint of {row.title}")
+    return row.family
 
 
 def _families() -> str:
@@ -388,10 +370,12 @@ def custom_code(index: Mapping[str, Any], files: Iterable[str], config: Any) -> 
     """Names of the Python files of a model that loading it would run."""
     listed = set(files)
     found: list[str] = []
+    own = FAMILIES.get(str(index.get("_class_name")), "")
+    trusted = (*TRUSTED_LIBRARIES, *(CHECKPOINTS[own].libraries if own else ()))
     if isinstance(index.get("_class_name"), list):
         found.append(f"{index['_class_name'][0]}.py")
     for part, (library, _) in components(index).items():
-        if library not in TRUSTED_LIBRARIES:
+        if library not in trusted or f"{part}/{library}.py" in listed:
             found.append(f"{part}/{library}.py" if f"{part}/{library}.py" in listed else library)
         elif f"{part}/config.json" in listed and "auto_map" in (config(part) or {}):
             found.append(f"{part} (auto_map in its config.json)")
@@ -426,13 +410,37 @@ def check_weights(index: Mapping[str, Any], files: Iterable[str], name: str) -> 
 # --------------------------------------------------------------------------------------------------------------- facts
 def _facts(folder: Path, name: str, index: Mapping[str, Any], family: str, info: ModelInfo | None) -> ModelInfo:
     """The registry entry, corrected by the configs of the folder and by its gensparse.json."""
-    arch = architecture(folder, name, index)
-    base = info or ModelInfo(name, family, None, "unknown: see the model's own card", "local or hub model")
-    if info is None and not arch.guidance_embeds:
-        base = replace(base, steps=4, guidance=0.0, max_sequence_length=256)
+    row = CHECKPOINTS[family]
+    found = _read_facts(folder, name, row, index)
+    if info is None:
+        base = ModelInfo(name, family, None, "unknown: see the model's own card", "local or hub model", **found)
+    else:
+        base = replace(info, family=family, architecture=found["architecture"])
     own = read_json(folder / "gensparse.json", name) if (folder / "gensparse.json").is_file() else {}
     profile = folder / OWN_FILES[1]
-    return replace(base, architecture=arch, profile=str(profile) if profile.is_file() else None, **own_facts(own))
+    return replace(base, profile=str(profile) if profile.is_file() else None, **own_facts(own))
+
+
+def _read_facts(folder: Path, name: str, row: Checkpoint, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelInfo` that the configs of the denoiser and the autoencoder tell."""
+    config = read_json(folder / row.denoiser / "config.json", name)
+    vae = read_json(folder / "vae" / "config.json", name)
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(path, name) if path.is_file() else {}
+    try:
+        found = facts_of(row, config, vae, scheduler)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ModelError(f"model {name!r}: its configs hold impossible sizes ({error}); download it again") from error
+    if found["architecture"].in_channels not in (row.channels or (found["architecture"].in_channels,)):
+        raise ModelError(
+            f"model {name!r}: its denoiser takes {found['architecture'].in_channels} channels, as models for "
+            f"inpainting or editing do; {row.title} models for text to picture take {row.channels[0]}"
+        )
+    encoders = [part for part in components(index) if part.startswith("text_encoder")]
+    stored = sum(_stored_params(folder / part) for part in encoders)
+    if any(any((folder / part).glob("*.safetensors")) for part in encoders):
+        found["architecture"] = replace(found["architecture"], encoder_params=stored)
+    return found
 
 
 # key of gensparse.json -> (field, type, lowest value)
@@ -461,44 +469,26 @@ def own_facts(own: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def architecture(folder: Path, name: str, index: Mapping[str, Any]) -> Architecture:
-    """Read the sizes of a FLUX folder from transformer/config.json and vae/config.json."""
-    dit = read_json(folder / "transformer" / "config.json", name)
-    vae = read_json(folder / "vae" / "config.json", name)
-    vae_class = str(vae.get("_class_name", "AutoencoderKL"))
-    tiny = vae_class == "AutoencoderTiny"
-    channels = vae.get("decoder_block_out_channels" if tiny else "block_out_channels") or (128, 256, 512, 512)
-    encoders = {"text_encoder", "text_encoder_2"} & set(index)
+def _stored_params(folder: Path) -> int:
+    """Weights in the safetensors files of a component, counted in their headers; of one variant where there are two."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [path for path in files if variant_of(path.name) is None]
+    return sum(_params_in(path) for path in plain or files)
+
+
+def _params_in(path: Path) -> int:
+    """Weights of one file; half of its bytes where it has no readable header."""
     try:
-        return Architecture(
-            double_blocks=int(dit.get("num_layers", 19)),
-            single_blocks=int(dit.get("num_single_layers", 38)),
-            heads=int(dit.get("num_attention_heads", 24)),
-            head_dim=int(dit.get("attention_head_dim", 128)),
-            in_channels=int(dit.get("in_channels", 64)),
-            guidance_embeds=bool(dit.get("guidance_embeds", False)),
-            vae_class=vae_class,
-            vae_channels=tuple(int(c) for c in channels),
-            vae_convs=_tiny_convs(vae) if tiny else _kl_convs(vae, len(channels)),
-            encoder_params=sum(_stored_bytes(folder / part) for part in encoders) // 2,
-        )
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model {name!r}: its configs hold impossible sizes ({error}); download it again") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= _MAX_HEADER else {}
+        shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+        return sum(math.prod(map(int, shape)) for shape in shapes)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return path.stat().st_size // 2
 
 
-def _tiny_convs(vae: Mapping[str, Any]) -> tuple[int, ...]:
-    """AutoencoderTiny: three convolutions per block and one behind them; its list starts at the lowest level."""
-    return tuple(3 * int(count) + 1 for count in reversed(vae.get("num_decoder_blocks") or (3, 3, 3, 1)))
-
-
-def _kl_convs(vae: Mapping[str, Any], levels: int) -> tuple[int, ...]:
-    """AutoencoderKL: two per residual block, one for upsampling, and the middle block at the lowest level."""
-    each = 2 * (int(vae.get("layers_per_block") or 2) + 1) + 1
-    return (each,) * (levels - 1) + (each + 4,)
-
-
-def _stored_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+_MAX_HEADER = 100 << 20
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
@@ -550,23 +540,49 @@ def _remote_index(hub_id: str, files: list[str], options: dict[str, Any]) -> dic
 
 
 def _wanted_files(index: Mapping[str, Any], files: list[str], variant: str | None, code: bool) -> list[str]:
-    """The component files to fetch: configs, tokenizers, and one set of safetensors (the variant's when named)."""
-    parts = set(components(index))
+    """The component files to fetch: configs, tokenizers, one set of safetensors (the variant's where it has one)."""
+    parts, variant = set(components(index)), variant or only_variant(index, files)
+    named = {PurePosixPath(f).parent.as_posix() for f in files if variant and variant_of(f) == variant}
     wanted = ["model_index.json", *OWN_FILES, *(["*.py"] if code else [])]
     for file in files:
         path = PurePosixPath(file)
-        if path.parent.as_posix() not in parts or path.suffix.lower() in PICKLES:
+        part = path.parent.as_posix()
+        if part not in parts or path.suffix.lower() in PICKLES:
             continue
         if path.suffix == ".py" and not code:
             continue
-        if path.suffix == ".safetensors" and variant is None and _is_variant(path.name):
+        if path.suffix == ".safetensors" and variant_of(file) != (variant if part in named else None):
             continue
         wanted.append(file)
     return wanted
 
 
-def _is_variant(name: str) -> bool:
-    return bool(re.search(r"\.(fp16|bf16|fp8|non_ema|ema)[.-]", name))
+_VARIANT = re.compile(r"\.(fp16|bf16|fp8|non_ema|ema)(?=[.-])")
+
+
+def variant_of(file: str) -> str | None:
+    """The variant in the name of a weight file: fp16 of model.fp16.safetensors."""
+    found = _VARIANT.search(PurePosixPath(file).name) if file.endswith(".safetensors") else None
+    return found[1] if found else None
+
+
+def only_variant(index: Mapping[str, Any], files: Iterable[str]) -> str | None:
+    """The variant to load although none was asked for: that of a component which has nothing else."""
+    listed = [PurePosixPath(f) for f in files if f.endswith(".safetensors")]
+    for part in components(index):
+        names = {variant_of(path.name) for path in listed if path.parent.as_posix() == part}
+        if names and None not in names:
+            return min(filter(None, names), key=lambda name: (name != "fp16", name))
+    return None
+
+
+def _check_variant(variant: str | None, files: Iterable[str], name: str) -> None:
+    there = sorted(set(filter(None, map(variant_of, files))))
+    if variant is not None and variant not in there:
+        raise ModelError(
+            f"model {name!r} has no weights of the variant {variant!r}; "
+            + (f"it has {', '.join(there)}" if there else "leave --variant out")
+        )
 
 
 def _hub_error(error: Exception, hub_id: str, revision: str | None, no_network: bool) -> ModelError:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from gensparse.errors import ConfigError, short, unknown_name
 from gensparse.highres.tiling import parse_tiling
+from gensparse.highres.ways import parse_way
 
 VERSION = 1
 MAX_PROMPT_CHARS = 200_000
@@ -22,7 +23,6 @@ MAX_SEED = 2**63 - 1
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 QUANTIZE = ("auto", "none", "fp8", "int8", "nf4")
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
-HIGHRES = ("auto", "none", "cascade")
 ROUNDING = ("nearest", "up", "strict")
 
 SIZE_FORMS = "4096, 3840x2160 (width x height), 4k, 8k, 2x, 16:9@8mp"
@@ -153,6 +153,7 @@ class Request:
     size: str | None = None
     round: str = "nearest"
     attention: str = "auto"
+    highres: str = "auto"  # how sizes beyond the native one are reached, see gensparse.highres.ways
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
     offload: str = "auto"
@@ -166,7 +167,7 @@ class Request:
         self._normalise()
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
-        for name in ("model", "attention", "device"):
+        for name in ("model", "attention", "device", "highres"):
             _check_word(name, getattr(self, name))
         for name in ("revision", "variant", "token"):
             if getattr(self, name) is not None:
@@ -180,6 +181,7 @@ class Request:
         _check_choice("round", self.round, ROUNDING)
         if self.size is not None:
             parse_size(self.size)
+        parse_way(self.highres)
         _check_word("tile", self.tile)
         parse_tiling(self.tile)
         if self.max_vram is not None:
@@ -246,15 +248,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest(Request):
-    """Text to picture, from the model's own size up to any size through the cascade."""
+    """Text to picture, from the model's own size up to any size."""
 
     kind: ClassVar[str] = "generate"
-
-    highres: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_choice("highres", self.highres, HIGHRES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +261,12 @@ class UpscaleRequest(Request):
 
     image: str = ""
     strength: float = 0.3  # share of the noise range that is redone: 0 keeps the picture, 1 starts from noise
+    faithful: bool = True  # correct the result until it shrinks to the given picture
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_word("image", self.image)
+        _check_bool("faithful", self.faithful)
         _check_float("strength", self.strength, 0.0, 1.0)
 
 
@@ -339,7 +337,13 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(out.get(name), str) and _is_path(out[name]):
             out[name] = file_name(out[name])
     out["lora"] = [file_name(item) if _is_path(item) else item for item in out.get("lora", [])]
+    if isinstance(out.get("attention"), str):  # weights and profiles of methods
+        out["attention"] = re.sub(r"(?<==)[^=,;]+", lambda m: _without_folders(m[0]), out["attention"])
     return out
+
+
+def _without_folders(text: str) -> str:
+    return file_name(text) if _is_path(text) else text
 
 
 def _is_path(text: str) -> bool:

@@ -5,8 +5,8 @@ stays in the pipeline's own file.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image
 from gensparse.attach import applied
 from gensparse.errors import ConfigError, NumericsError
 from gensparse.highres import resample, vae_tiles
+from gensparse.highres.faithful import keep_to
 from gensparse.highres.frequency import Motion, guided_velocity
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size, steps_within
 from gensparse.highres.tiling import Tiling, choose_tiling, parse_tiling
@@ -91,6 +92,19 @@ class Stages:
         self._num_stages = 1
         self._stage_size = (0, 0)  # (height, width) in pixels of the stage that runs
         self._decoded = None
+        self._source: np.ndarray | None = None  # the picture that results are kept to
+
+    @contextmanager
+    def kept_to(self, image: Image.Image) -> Iterator[None]:
+        """Keep what goes from stage to stage to the picture that is enlarged (`gensparse.highres.faithful`).
+
+        The last picture is the caller's: `keep_to` it as well.
+        """
+        self._source = np.asarray(image.convert("RGB"))
+        try:
+            yield
+        finally:
+            self._source = None
 
     @property
     def stage(self) -> int:
@@ -145,6 +159,8 @@ class Stages:
         size = (stage.height, stage.width)
         if isinstance(smaller, StageResult):
             picture, history = self._decode_result(smaller, vae_tile), dict(smaller.history)
+            if self._source is not None:  # estimates of the smaller stage are not kept to anything
+                picture, history = kept(picture, self._source), {}
         else:
             picture, history = smaller, {}
         if picture.shape[-2] * picture.shape[-1] > stage.height * stage.width:
@@ -242,6 +258,15 @@ class Stages:
 
 
 # --- pure helpers ---------------------------------------------------------------------------------------------------
+
+
+def kept(pictures: torch.Tensor, source: np.ndarray) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1], corrected until they shrink to the source; smaller ones stay as they are."""
+    if pictures.shape[-2] < source.shape[0] or pictures.shape[-1] < source.shape[1]:
+        return pictures
+    levels = pictures.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    found = torch.stack([torch.from_numpy(keep_to(one.numpy(), source)) for one in levels])
+    return found.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def read_config_file(folder: Any) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST, REQUEST_OPTIONS, SPARSE, with_options
+from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST, REQUEST_OPTIONS, with_options
 
 
 @with_options(REQUEST_OPTIONS, OUTPUT_OPTIONS)
@@ -17,9 +17,6 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="Read the prompt from a file", rich_help_panel=REQUEST)
-    ] = None,
-    highres: Annotated[
-        str | None, typer.Option("--highres", help="auto|cascade|none: how sizes grow (auto)", rich_help_panel=SPARSE)
     ] = None,
 ) -> None:
     """Make a picture from text, at the model's own size or far beyond it.
@@ -35,6 +32,4 @@ def generate(
     from gensparse.cli.requests import generate_request, read_prompt
     from gensparse.cli.run import run_requests
 
-    if highres is not None:
-        flags["highres"] = highres
     run_requests([generate_request(flags, read_prompt(prompt, prompt_option, prompt_file))], flags)

@@ -41,6 +41,9 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "attention": _option(
         _Text, "--attention", panel=SPARSE, help="auto|dense|NAME[:key=value,...], see `gensparse methods` (auto)"
     ),
+    "highres": _option(
+        _Text, "--highres", panel=SPARSE, help="auto|NAME[:key=value,...]: how sizes grow, see `models show` (auto)"
+    ),
     "dense_steps": _option(_Whole, "--dense-steps", panel=SPARSE, help="First steps of each stage kept dense (0)"),
     "dense_layers": _option(
         _Text, "--dense-layers", panel=SPARSE, help="Layers kept dense, for instance 0,1,-1", hidden=True

@@ -20,12 +20,21 @@ class Target:
         paths: one per picture; empty for stdout.
         stages_dir: where finished stages lie between runs; None for stdout.
         made: a folder that was made for this command, removed again when nothing was written into it.
+        folder: where pictures go whose names are chosen one by one.
     """
 
     paths: tuple[Path, ...]
     image_format: str
     stages_dir: Path | None
     made: Path | None = None
+    folder: Path | None = None
+
+    def named(self, stem: str, image_format: str | None, count: int) -> "Target":
+        """The files of one picture (or of `count`) of that name in the folder; nothing is checked."""
+        assert self.folder is not None
+        kind = image_io.format_of("x", image_format)
+        names = [stem] if count == 1 else [f"{stem}-{k + 1:04d}" for k in range(count)]
+        return Target(tuple(self.folder / f"{name}.{kind}" for name in names), kind, self.stages_dir)
 
     def clean(self) -> None:
         """Remove the folder made for this command if it is empty."""
@@ -50,10 +59,24 @@ def plan_target(output: str | None, image_format: str | None, count: int, *, ove
     return target
 
 
-def _run_folder(image_format: str | None, count: int) -> Target:
-    kind = image_io.format_of("x", image_format)
+def named_target(output: str | None) -> Target:
+    """A folder for pictures that keep their sources' names: the given one, or a run folder. Raises OutputError."""
+    if output is None:
+        folder = _new_folder()
+        return Target((), "png", Path(ROOT) / STAGES, made=folder, folder=folder)
+    _make(Path(output))
+    return Target((), "png", Path(output) / STAGES, folder=Path(output))
+
+
+def _new_folder() -> Path:
     folder = Path(ROOT) / f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
     _make(folder)
+    return folder
+
+
+def _run_folder(image_format: str | None, count: int) -> Target:
+    kind = image_io.format_of("x", image_format)
+    folder = _new_folder()
     return Target(_numbered(folder, kind, count, 1), kind, Path(ROOT) / STAGES, made=folder)
 
 

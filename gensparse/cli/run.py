@@ -11,7 +11,7 @@ from gensparse.cli.paths import Target, plan_target, stage_folders_near
 from gensparse.cli.progress import Progress
 from gensparse.cli.state import STATE
 from gensparse.errors import ConfigError
-from gensparse.request import Request, UpscaleRequest, parse_size
+from gensparse.request import Request, parse_size
 
 if TYPE_CHECKING:
     from gensparse.engine import Output, OutputOptions, Result, Runner
@@ -23,17 +23,15 @@ def run_requests(requests: Sequence[Request], flags: Mapping[str, Any]) -> None:
 
     if len(requests) > 1 and not str(flags.get("output") or "/").endswith(("/", "\\")):
         raise ConfigError(f"{len(requests)} pictures need a folder; use -o FOLDER/")
-    for request in requests:
-        if isinstance(request, UpscaleRequest):
-            image_io.check_image(request.image)
     if "from_file" in flags:
-        _warn_of_differences(flags["from_file"], requests[0])
+        warn_of_differences(flags["from_file"], requests[0])
     runner = Runner()
     for request in requests:
-        _run_one(runner, request, flags)
+        run_one(runner, request, flags)
 
 
-def _run_one(runner: "Runner", request: Request, flags: Mapping[str, Any]) -> None:
+def run_one(runner: "Runner", request: Request, flags: Mapping[str, Any]) -> None:
+    """Run one request into the files that `-o` names, and show the result."""
     count = max(len(request.seed), request.num_images)
     target = plan_target(flags.get("output"), flags.get("image_format"), count, overwrite=_on(flags, "overwrite"))
     cancel = STATE.interrupts.cancel if STATE.interrupts else None
@@ -49,7 +47,7 @@ def _run_one(runner: "Runner", request: Request, flags: Mapping[str, Any]) -> No
         output.write_bytes(_encoded(result.outputs[0], target.image_format, request, flags))
 
 
-def output_options(flags: Mapping[str, Any], target: Target) -> "OutputOptions":
+def output_options(flags: Mapping[str, Any], target: Target, *, key: str | None = None) -> "OutputOptions":
     """The engine's output options from flags."""
     from gensparse.engine import OutputOptions
 
@@ -66,6 +64,7 @@ def output_options(flags: Mapping[str, Any], target: Target) -> "OutputOptions":
         preview_dir=previews,
         stages_dir=target.stages_dir,
         also_read=stage_folders_near(flags["from_file"]) if "from_file" in flags else (),
+        key=key,
     )
 
 
@@ -73,7 +72,7 @@ def _on(flags: Mapping[str, Any], name: str) -> bool:
     return bool(flags.get(name, False))
 
 
-def _warn_of_differences(source: Path, request: Request) -> None:
+def warn_of_differences(source: Path, request: Request) -> None:
     """Say before the work why the result will not be the picture it starts from."""
     from gensparse.engine import reproduction_warnings
 
@@ -99,6 +98,8 @@ def _encoded(item: "Output", kind: str, request: Request, flags: Mapping[str, An
 # ------------------------------------------------------------------------------------------------------------- results
 def show_result(result: "Result") -> None:
     """The result on stdout in the format in force, a summary on stderr."""
+    from gensparse.engine.words import summary
+
     if STATE.output == "json":
         output.print_json(result.to_dict())
         return
@@ -111,25 +112,3 @@ def show_result(result: "Result") -> None:
         output.print_out(text)
     if STATE.output == "agent":
         output.print_out(summary(result))
-
-
-def summary(result: "Result") -> str:
-    """One line: seconds, memory, attention."""
-    from gensparse.estimate import format_bytes, format_seconds
-
-    parts = [format_seconds(result.timings.get("total", 0.0))]
-    memory = result.memory.get("peak_vram_bytes") or result.memory.get("peak_ram_bytes")
-    if memory:
-        parts.append(f"peak {format_bytes(memory)}")
-    parts += [str(item) for item in attention_words(result.attention.get("stages", []))]
-    return ", ".join(parts)
-
-
-def attention_words(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the attention reports say, in a few words."""
-    sparse = [stage for stage in stages if stage.get("sparse")]
-    if not sparse:
-        return ["dense attention"]
-    density = sparse[-1].get("density")
-    words = f"sparse attention in {len(sparse)} of {len(stages)} enlarged stages"
-    return [f"{words}, density {density:.3f} in the last" if isinstance(density, float) else words]

@@ -75,6 +75,19 @@ def pasted_reference(picture: Picture, reference: Picture, box: Box) -> Image.Im
     return image
 
 
+def shifted(picture: Picture, pixels: int = 1) -> Image.Image:
+    """Moved by so many pixels to the right and down; the border is repeated."""
+    values = np.pad(np.asarray(as_image(picture)), ((pixels, 0), (pixels, 0), (0, 0)), mode="edge")
+    return Image.fromarray(values[:-pixels, :-pixels])
+
+
+def toned(picture: Picture, level: int = 4) -> Image.Image:
+    """Every pixel lighter by so many levels of 255; darker where that would leave the range."""
+    values = np.asarray(as_image(picture)).astype(np.int16)
+    values += np.where(values > 255 - level, -level, level).astype(np.int16)
+    return Image.fromarray(values.astype(np.uint8))
+
+
 def _with_first(scene: Scene, **changes) -> Scene:
     return replace(scene, subjects=(replace(scene.subjects[0], **changes), *scene.subjects[1:]))
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gensparse.engine.resolve import padded, text_tokens, uses_negative
+from gensparse.engine.plans import is_padded, padded_size, takes_strength, way_arguments
+from gensparse.engine.resolve import text_tokens, uses_negative
 from gensparse.engine.values import Resolved
 from gensparse.image_io import Picture
 from gensparse.request import Request, UpscaleRequest
@@ -15,59 +16,88 @@ def call_arguments(resolved: Resolved, request: Request, seed: int) -> dict[str,
     """Keyword arguments of the pipeline for one picture."""
     import torch
 
-    info, multiple = resolved.info, resolved.info.architecture.multiple
+    info, (height, width) = resolved.info, padded_size(resolved)
     out: dict[str, Any] = {
         "prompt": request.prompt,
-        "height": padded(resolved.height, multiple),
-        "width": padded(resolved.width, multiple),
+        "height": height,
+        "width": width,
         "num_inference_steps": request.steps,
         # the noise is drawn on the CPU, so that a seed is the same picture on every device
         "generator": torch.Generator("cpu").manual_seed(seed),
-        "max_sequence_length": text_tokens(info),
         "attention": request.attention,
         "dense_steps": request.dense_steps,
         "dense_layers": request.dense_layers,
-        "vae_tile": None if request.tile == "none" else int(request.tile) if request.tile.isdigit() else request.tile,
+        "vae_tile": vae_tile(request.tile),
+        **way_arguments(resolved, request),
+        **_guidance(resolved, request),
     }
-    if isinstance(request, UpscaleRequest):
+    if info.row.takes_length:
+        out["max_sequence_length"] = text_tokens(info)
+    if isinstance(request, UpscaleRequest) and takes_strength(resolved):
         out["strength"] = request.strength
-    if info.guidance_kind == "embedded":
-        out["guidance_scale"] = request.guidance
-    if uses_negative(info, request.guidance or 0.0):
-        out |= {"true_cfg_scale": request.guidance, "negative_prompt": request.negative_prompt}
-    if getattr(request, "highres", "auto") == "none":
-        out["stages"] = [_single_stage(resolved, request)]
     return out
 
 
-def _single_stage(resolved: Resolved, request: Request) -> Any:
-    from gensparse.highres.stages import Stage
+def _guidance(resolved: Resolved, request: Request) -> dict[str, Any]:
+    """The scale under the name the family has for it, and the negative prompt where it acts."""
+    info, row = resolved.info, resolved.info.row
+    if info.guidance_kind == "embedded":
+        return {"guidance_scale": request.guidance}
+    acts = uses_negative(info, request.guidance or 0.0)
+    if row.negative:
+        return {row.guidance: request.guidance, "negative_prompt": request.negative_prompt} if acts else {}
+    # without a negative prompt these pipelines have a default of their own
+    return {row.guidance: request.guidance, **({"negative_prompt": request.negative_prompt or None} if acts else {})}
 
-    return Stage(resolved.height, resolved.width, steps=request.steps or 1)
+
+def vae_tile(tile: str) -> int | str | None:
+    """`--tile` as pipelines take it."""
+    return None if tile == "none" else int(tile) if tile.isdigit() else tile
 
 
 def padded_source(image: "Image.Image", resolved: Resolved) -> "Image.Image":
-    """The input with its last row and column repeated so that its sides have the ratio of the padded result."""
-    multiple = resolved.info.architecture.multiple
-    height = round(image.height * padded(resolved.height, multiple) / resolved.height)
-    width = round(image.width * padded(resolved.width, multiple) / resolved.width)
-    if (height, width) == (image.height, image.width):
+    """The input, its last row and column repeated, so that it covers the padded result as it covers the picture.
+
+    Where the padding is no whole number of its pixels, it is resampled (by less than a pixel per side), so that nothing
+    moves.
+    """
+    if not is_padded(resolved):
         return image
     import numpy as np
     from PIL import Image
 
-    extra = ((0, max(0, height - image.height)), (0, max(0, width - image.width)), (0, 0))
-    return Image.fromarray(np.pad(np.asarray(image), extra, mode="edge"))
+    sides = zip((image.height, image.width), padded_size(resolved), (resolved.height, resolved.width), strict=True)
+    exact = [side * target / wanted for side, target, wanted in sides]
+    whole = [-int(-length // 1) for length in exact]
+    extra = ((0, whole[0] - image.height + 1), (0, whole[1] - image.width + 1), (0, 0))
+    wider = Image.fromarray(np.pad(np.asarray(image), extra, mode="edge"))
+    if exact == [float(length) for length in whole]:
+        return wider.crop((0, 0, whole[1], whole[0]))
+    return wider.resize((whole[1], whole[0]), Image.Resampling.BICUBIC, box=(0, 0, exact[1], exact[0]))
 
 
 def finish_picture(image: "Image.Image", source: Picture | None, resolved: Resolved) -> "Image.Image":
-    """Cut the padding off and give back colour profile and alpha channel, which is scaled on its own."""
+    """Cut the padding off, keep to the given picture, and give back its colour profile and alpha channel."""
     from PIL import Image
 
     if image.size != (resolved.width, resolved.height):
         image = image.crop((0, 0, resolved.width, resolved.height))
+    if source is not None and isinstance(resolved.request, UpscaleRequest) and resolved.request.faithful:
+        image = _faithful(image, source.image)
     if source is not None and source.icc_profile:
         image.info["icc_profile"] = source.icc_profile
     if source is not None and source.alpha is not None:
         image.putalpha(source.alpha.resize(image.size, Image.Resampling.LANCZOS))
     return image
+
+
+def _faithful(image: "Image.Image", source: "Image.Image") -> "Image.Image":
+    """The picture, corrected until it shrinks to its source; one that is not larger than that stays as it is."""
+    from gensparse.highres.faithful import keep_to
+
+    if image.width < source.width or image.height < source.height:
+        return image
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(keep_to(np.array(image), np.asarray(source)))

@@ -33,17 +33,18 @@ def load_pipeline(
     if quantize == "fp8":
         import torch
 
-        _denoiser(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch_dtype(dtype))
+        denoiser_of(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch_dtype(dtype))
     _place(pipe, device, offload)
     return pipe
 
 
-def _denoiser(pipe: Any) -> Any:
+def denoiser_of(pipe: Any) -> Any:
+    """The component with attention."""
     return pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
 
 
-def _quantization(quantize: str, dtype: "torch.dtype") -> dict[str, Any]:
-    """The argument of `from_pretrained` that stores the denoiser's weights in 8 or 4 bits; none for "none"."""
+def _quantization(part: str, quantize: str, dtype: "torch.dtype") -> dict[str, Any]:
+    """The argument of `from_pretrained` that stores the weights of `part` in 8 or 4 bits; none for "none"."""
     if quantize == "none":
         return {}
     from diffusers import BitsAndBytesConfig, TorchAoConfig
@@ -58,26 +59,28 @@ def _quantization(quantize: str, dtype: "torch.dtype") -> dict[str, Any]:
         config = TorchAoConfig(Int8WeightOnlyConfig())
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": config})}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={part: config})}
 
 
 def _load_weights(ref: ModelRef, dtype: "torch.dtype", quantize: str) -> Any:
-    from gensparse.pipelines.flux_highres import FluxHighresPipeline
+    from gensparse import pipelines
 
+    row = ref.info.row
+    cls = getattr(pipelines, row.highres)
     assert ref.folder is not None, "models without files can only be planned"
     if ref.embedded and quantize == "none":
         from gensparse.embedded import load_embedded
 
-        return FluxHighresPipeline.from_pipe(load_embedded(dtype=dtype))
+        return cls.from_pipe(load_embedded(dtype=dtype))
     try:
-        return FluxHighresPipeline.from_pretrained(
+        return cls.from_pretrained(
             ref.folder,
             dtype=dtype,
             use_safetensors=True,
             variant=ref.variant,
             local_files_only=True,
             trust_remote_code=ref.remote_code,
-            **_quantization(quantize, dtype),
+            **_quantization(row.denoiser, quantize, dtype),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {ref.name!r} could not be loaded ({_first_line(error)}); download it again") from error
@@ -113,7 +116,8 @@ def parse_lora(text: str) -> tuple[str, float]:
 def _load_lora(pipe: Any, item: str) -> tuple[str, float]:
     """(name, scale) of an adapter that was loaded."""
     path, scale = parse_lora(item)
-    name = f"lora{len(pipe.get_list_adapters().get('transformer', [])) if hasattr(pipe, 'get_list_adapters') else 0}"
+    part = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+    name = f"lora{len(pipe.get_list_adapters().get(part, [])) if hasattr(pipe, 'get_list_adapters') else 0}"
     try:
         pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True)
         return name, scale

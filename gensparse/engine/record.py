@@ -1,5 +1,6 @@
 """What is written beside the pixels: metadata, attention summary, and the warnings of a run."""
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,17 @@ from gensparse.engine.machine import versions
 from gensparse.engine.values import Resolved
 from gensparse.image_io import Picture
 from gensparse.models import ModelRef
-from gensparse.request import Request
+from gensparse.request import Request, UpscaleRequest
 
 
 def build_metadata(
-    request: Request, resolved: Resolved, *, offload: str, attention: list[dict[str, Any]], source: Picture | None
+    request: Request,
+    resolved: Resolved,
+    *,
+    offload: str,
+    attention: list[dict[str, Any]],
+    source: Picture | None,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """What is written into a picture; no date, so that the same request gives the same file."""
     import torch
@@ -38,7 +45,18 @@ def build_metadata(
     }
     if source is not None:
         out["source_sha256"] = source.sha256
+    if key is not None:
+        out["key"] = key
     return out
+
+
+def job_key(request: Request, source_sha256: str | None = None) -> str:
+    """sha256 of what was asked for: equal keys ask for the same picture, of whatever name, on whatever machine.
+
+    Seeds that were left open stay open, so that the same command finds what it made before.
+    """
+    same = request.replace(image="-") if isinstance(request, UpscaleRequest) else request
+    return hashlib.sha256(f"{same.key()} {source_sha256}".encode()).hexdigest()
 
 
 def word_warnings(ref: ModelRef, request: Request) -> list[str]:
@@ -56,7 +74,7 @@ def word_warnings(ref: ModelRef, request: Request) -> list[str]:
 
 def length_warnings(ref: ModelRef, pipe: Any, request: Request) -> list[str]:
     """How much of a long prompt the model does not read."""
-    tokenizer = getattr(pipe, "tokenizer_2", None)
+    tokenizer = getattr(pipe, ref.info.row.tokenizer, None)
     if tokenizer is None or not request.prompt:
         return []
     count = len(tokenizer(request.prompt, truncation=False, verbose=False)["input_ids"])

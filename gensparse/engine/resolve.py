@@ -3,7 +3,8 @@
 import secrets
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from gensparse.engine import ladder
 from gensparse.engine.machine import (
@@ -15,21 +16,24 @@ from gensparse.engine.machine import (
     pick_dtype,
     quantizers,
 )
+from gensparse.engine.plans import acting_way, asked_way, is_large, planned_stages
 from gensparse.engine.values import Resolved
 from gensparse.errors import ConfigError
 from gensparse.estimate import DTYPE_BYTES, Estimate, Memory, StageShape, calibrate, estimate, stored_bytes
-from gensparse.image_io import Picture
+from gensparse.highres.ways import WAYS
+from gensparse.image_io import Header, Picture
 from gensparse.models import ModelInfo, ModelRef, resolve
 from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
 
 if TYPE_CHECKING:
     from gensparse.highres.stages import Stage
 
+_STRENGTH = UpscaleRequest.strength
 _RUN = 50  # steps of the run whose middle stands for all of it where methods differ by step
 
 
 def plan(
-    request: Request, *, picture: Picture | None = None, time_it: bool = True, ref: ModelRef | None = None
+    request: Request, *, picture: Picture | Header | None = None, time_it: bool = True, ref: ModelRef | None = None
 ) -> tuple[Resolved, Estimate]:
     """What a request will cost, without reading a weight. Raises nothing for a request that does not fit."""
     ref = ref or open_model(request, weights=False)
@@ -54,12 +58,17 @@ def open_model(request: Request, *, weights: bool = True) -> ModelRef:
 
 
 def resolve_request(
-    request: Request, info: ModelInfo, picture: Picture | None = None, *, device_must_exist: bool = True
+    request: Request,
+    info: ModelInfo,
+    picture: Picture | Header | None = None,
+    *,
+    device_must_exist: bool = True,
 ) -> Resolved:
     """Fill in everything a request left open; the warnings say what was rounded, clamped or is without effect."""
     notes: list[str] = []
     _check_prompt(request, info)
     check_attention(request.attention)
+    asked = asked_way(request, info)
     height, width = _target_size(request, info, picture, notes)
     device = pick_device(request.device, must_exist=device_must_exist)
     _check_quantize(request, device, notes, must_exist=device_must_exist)
@@ -70,12 +79,15 @@ def resolve_request(
     guidance = request.guidance if request.guidance is not None else info.guidance
     if request.negative_prompt and not uses_negative(info, guidance):
         notes.append(f"the negative prompt has no effect: {info.alias} runs without classifier-free guidance")
+    if isinstance(request, UpscaleRequest) and not WAYS[asked.name].strength and request.strength != _STRENGTH:
+        notes.append(f"--strength has no effect with --highres {asked.name}, which redoes a share of its own")
     full = request.replace(
+        highres=asked.text,
         steps=steps,
         dense_steps=dense_steps,
         guidance=float(guidance),
         dtype=pick_dtype(request.dtype, device),
-        seed=_seeds(request),
+        seed=_seeds(request, picture),
         size=f"{width}x{height}",
     )
     full = full.replace(num_images=len(full.seed))
@@ -113,7 +125,9 @@ def check_attention(text: str) -> None:
         parse_method(text)
 
 
-def _target_size(request: Request, info: ModelInfo, picture: Picture | None, notes: list[str]) -> tuple[int, int]:
+def _target_size(
+    request: Request, info: ModelInfo, picture: Picture | Header | None, notes: list[str]
+) -> tuple[int, int]:
     """(height, width) of the result; upscaling is exact, generating rounds to what the model can do."""
     multiple = info.architecture.multiple
     if picture is not None:
@@ -128,9 +142,13 @@ def _target_size(request: Request, info: ModelInfo, picture: Picture | None, not
     return size
 
 
-def _seeds(request: Request) -> tuple[int, ...]:
-    """One seed per picture: those given, counted up from the last one; drawn when none is given."""
-    seeds = list(request.seed) or [secrets.randbelow(2**32)]
+def _seeds(request: Request, picture: Picture | Header | None) -> tuple[int, ...]:
+    """One seed per picture: those given, counted up from the last one.
+
+    When none is given it is drawn; for a given picture it follows from its bytes, so that a stopped run goes on.
+    """
+    first = int(picture.sha256[:8], 16) if isinstance(picture, Picture) else secrets.randbelow(2**32)
+    seeds = list(request.seed) or [first]
     while len(seeds) < request.num_images:
         seeds.append(seeds[-1] + 1)
     return tuple(seeds)
@@ -193,57 +211,58 @@ def _planned(device: str) -> tuple[str, ...]:
 
 def stage_shapes(resolved: Resolved) -> list[StageShape]:
     """Sizes, steps and attention of every stage, as the pipeline will run them."""
-    from gensparse.highres.stages import CascadeSettings, plan_stages
-
-    info, request = resolved.info, resolved.request
-    native = (info.native_size, info.native_size)
-    multiple = info.architecture.multiple
-    height, width = padded(resolved.height, multiple), padded(resolved.width, multiple)
-    settings = CascadeSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in info.cascade.items()})
-    stages = plan_stages(height, width, native, steps=request.steps or 1, multiple=multiple, settings=settings)
-    first = (stages[0].height, stages[0].width)
-    if isinstance(request, UpscaleRequest):
-        stages = _steps_of_upscaling(stages, request, info, resolved.source_size)
-    elif getattr(request, "highres", "auto") == "none":
-        stages, first = [replace(stages[0], height=height, width=width)], (height, width)
-    return [_shape(resolved, k, stage, first) for k, stage in enumerate(stages)]
+    stages = planned_stages(resolved)
+    drafted = not isinstance(resolved.request, UpscaleRequest) and (len(stages) > 1 or not is_large(resolved))
+    return [_shape(resolved, stage, native=drafted and k == 0) for k, stage in enumerate(stages)]
 
 
-def _steps_of_upscaling(
-    stages: list["Stage"], request: UpscaleRequest, info: ModelInfo, size: tuple[int, int]
-) -> list["Stage"]:
-    """The stages larger than the given picture, none redoing more than `strength` of the noise range."""
-    from gensparse.highres.shift import flow_sigmas, shift_mu
-    from gensparse.highres.stages import steps_within
-
-    tokens = (stages[0].height // info.architecture.multiple) * (stages[0].width // info.architecture.multiple)
-    within = steps_within(flow_sigmas(stages[0].steps, mu=shift_mu(tokens)).tolist(), request.strength)
-    todo = stages[1:] or stages
-    todo = [s for s in todo[:-1] if s.height * s.width > size[0] * size[1]] + todo[-1:]
-    later = [replace(stage, steps=min(stage.steps, within)) for stage in todo[1:]]
-    return [replace(todo[0], steps=within), *later]
-
-
-def padded(side: int, multiple: int) -> int:
-    """The next multiple of `multiple` pixels."""
-    return -(-side // multiple) * multiple
-
-
-def _shape(resolved: Resolved, index: int, stage: "Stage", native: tuple[int, int]) -> StageShape:
-    """Cost facts of one stage; `native` = (height, width) of the native stage, which is always dense."""
-    guidance = resolved.request.guidance or 0.0
-    passes = 2 if index == 0 and uses_negative(resolved.info, guidance) else 1
-    size = (stage.height, stage.width)
-    attention = "dense" if size == native else attention_at(resolved, *size)
-    density = 1.0 if attention == "dense" else attention_density(attention, *size, resolved.info)
+def _shape(resolved: Resolved, stage: "Stage", *, native: bool) -> StageShape:
+    """Cost facts of one stage; the native one is always dense."""
+    info, size = resolved.info, (stage.height, stage.width)
+    guided = uses_negative(info, resolved.request.guidance or 0.0)
+    passes = 2 if guided and (native or info.row.guides == "all") else 1
+    if native:
+        return StageShape(*size, stage.steps, passes=passes)
+    windows = _windows(resolved, size)
+    if windows is not None:
+        return StageShape(*size, stage.steps, passes=passes, **windows)
+    attention = attention_at(resolved, *size)
+    density = 1.0 if attention == "dense" else attention_density(attention, *size, info)
     return StageShape(*size, stage.steps, attention, density, passes)
+
+
+def _windows(resolved: Resolved, size: tuple[int, int]) -> dict[str, Any] | None:
+    """Calls of native size per step, of ways that compute windows and dilated views in place of the whole map."""
+    asked, info = acting_way(resolved), resolved.info
+    if asked.name not in ("demofusion", "c_upscale"):
+        return None
+    from gensparse.highres.views import windows
+
+    scale, native = info.architecture.vae_factor, info.native_size // info.architecture.vae_factor
+    cells = (size[0] // scale, size[1] // scale)
+    count = len(windows(cells, (native, native), (max(1, native // 2),) * 2))
+    zoom = max(1, round(max(cells) / native))
+    views = count + zoom**2 if asked.name == "demofusion" and zoom > 1 else count
+    view = (min(native, cells[0]) * scale, min(native, cells[1]) * scale)
+    return {"views": views, "view": view, "view_batch": int(asked.settings.get("view_batch", 16))}
 
 
 def attention_at(resolved: Resolved, height: int, width: int) -> str:
     """The attention of an enlarged stage: only `auto` chooses by size."""
-    info, wanted = resolved.info, resolved.request.attention
+    info, wanted, asked = resolved.info, resolved.request.attention, acting_way(resolved)
+    if WAYS[asked.name].method:
+        return asked.text
+    if asked.name == "freescale":
+        settings = {k: v for k, v in asked.settings.items() if k in ("fusion", "jitter")}
+        whole = {} if wanted == "auto" else {"whole": wanted.replace(",", ";")}
+        text = ",".join(f"{key}={str(value).lower()}" for key, value in {**settings, **whole}.items())
+        return f"freescale:{text}" if text else "freescale"
     if wanted != "auto":
         return wanted
+    if WAYS[asked.name].procedure:
+        return WAYS[asked.name].procedure
+    if info.row.automatic is not None:
+        return info.attention or info.row.automatic
     multiple = info.architecture.multiple
     side = info.native_size // multiple
     sparse = (height // multiple) * (width // multiple) > info.dense_below
@@ -252,19 +271,22 @@ def attention_at(resolved: Resolved, height: int, width: int) -> str:
 
 @lru_cache(maxsize=64)
 def _density(attention: str, height: int, width: int, info: "ModelInfo") -> float:
-    from gensparse.families.flux import layout_for
     from gensparse.methods import START, Auto, Dense, parse_method
     from gensparse.patterns import Pattern, RoutedPattern
     from gensparse.plan import build_plan
 
-    multiple = info.architecture.multiple
-    layout = layout_for(height, width, n_text=text_tokens(info), vae_scale=multiple // 2)
-    method = parse_method(attention)
+    arch, row = info.architecture, info.row
+    family = import_module(f"gensparse.families.{row.attention}")
+    layout = family.layout_for(height, width, n_text=text_tokens(info), **row.layout(arch))
+    method, native = parse_method(attention), info.native_size
     if isinstance(method, Auto):
-        return method.planned(info.profile, (info.native_size // multiple) ** 2).share(layout)
+        return method.planned(info.profile, arch.tokens(native, native)).share(layout)
+    if getattr(method, "native", 0) is None:  # what an applied method reads from the model
+        method = replace(method, native=native // arch.vae_factor)
     if method.why_not(layout) is not None:
         return 1.0
-    what = method.pattern(layout, START._replace(step=_RUN // 2, steps=_RUN))
+    at = START._replace(step=_RUN // 2, steps=_RUN, coarseness=2 ** getattr(arch, "level", 0))
+    what = method.pattern(layout, at)
     if isinstance(what, Pattern | RoutedPattern):
         return build_plan(what, layout).density
     known = None if isinstance(what, Dense) else getattr(what, "density", None)

@@ -4,16 +4,17 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gensparse import image_io
-from gensparse.engine.call import call_arguments, finish_picture, padded_source
+from gensparse.engine.call import call_arguments, finish_picture, padded_source, vae_tile
 from gensparse.engine.ladder import OFFLOADS
-from gensparse.engine.loading import check_lora, load_pipeline
-from gensparse.engine.machine import is_out_of_memory, peak_memory, versions
+from gensparse.engine.loading import check_lora, denoiser_of, load_pipeline
+from gensparse.engine.machine import is_out_of_memory, peak_memory, return_memory, versions
+from gensparse.engine.plans import can_halve, guidance_in_halves
 from gensparse.engine.record import build_metadata, length_warnings, word_warnings
 from gensparse.engine.resolve import estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
@@ -72,6 +73,7 @@ class Session:
     def tidy(self) -> None:
         """Give memory back that nothing uses."""
         gc.collect()  # the frames of an error refer to each other, and to tensors
+        return_memory()
         if self.device.startswith("cuda"):
             import torch
 
@@ -114,10 +116,12 @@ class _Job:
     index: int = 0
     tile: str = "auto"
     chunk: int = 0
+    halves: bool = False
     retried: bool = False
 
     def __post_init__(self) -> None:
         self.tile, self.chunk = self.resolved.request.tile, self.resolved.request.chunk or 0
+        self.halves = guidance_in_halves(self.resolved)
 
     def run(self) -> Result:
         started = time.perf_counter()
@@ -193,8 +197,18 @@ class _Job:
         arguments = call_arguments(self.resolved, request.replace(tile=self.tile), seed)
         if self.source is not None:
             arguments["image"] = padded_source(self.source.image, self.resolved)
-        watch = StepWatch(self.expected, self.emit, self._check_cancel, partial(self._stage_done, store))
-        with decode_guard(pipe, self._check_cancel) as guard, self._chunks(pipe):
+        live, on_stage = self._is_live(pipe), partial(self._stage_done, store)
+        if live:
+            arguments["callback_on_step_end_tensor_inputs"] = ("latents", "clean")
+        tile = vae_tile(self.tile) if live else None
+        watch = StepWatch(self.expected, self.emit, self._check_cancel, on_stage, live=live, vae_tile=tile)
+        with (
+            decode_guard(pipe, self._check_cancel) as guard,
+            self._chunks(pipe),
+            self._halves(pipe, arguments),
+            self._kept(pipe, arguments),
+        ):
+            watch.guard = guard
             try:
                 out = pipe(
                     **arguments,
@@ -207,16 +221,40 @@ class _Job:
                     return None, "NaN or infinity"
                 raise
         image = out.images[0]
+        if any(getattr(out, "nsfw_content_detected", None) or ()):
+            self._warn("the safety checker of the model blacked the picture out; try another prompt or seed")
+            return image, None
         problem = "NaN or infinity" if guard.broken else image_io.picture_problem(image)
         return (image, None) if problem is None else (None, problem)
 
     # -- helpers
+    def _is_live(self, pipe: Any) -> bool:
+        """Whether small pictures can be made on the way: not where that would move weights to and fro."""
+        resident = self.session.offload == "none" or self.session.device == "cpu"
+        return self.output.live_preview and resident and hasattr(pipe, "sketch")
+
     def _chunks(self, pipe: Any) -> contextlib.AbstractContextManager[Any]:
         if not self.chunk:
             return contextlib.nullcontext()
         from gensparse.processors.chunks import chunked
 
-        return chunked(pipe.transformer, self.chunk)
+        return chunked(denoiser_of(pipe), self.chunk)
+
+    def _kept(self, pipe: Any, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """What goes from stage to stage is kept to the given picture, if the result is."""
+        request = self.resolved.request
+        if not (isinstance(request, UpscaleRequest) and request.faithful and "image" in arguments):
+            return contextlib.nullcontext()
+        return pipe.kept_to(arguments["image"])
+
+    def _halves(self, pipe: Any, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Both halves of the guidance one by one, where they are a batch, there is guidance and memory is short."""
+        scale = arguments.get(self.resolved.info.row.guidance) or 0.0
+        if not self.halves or scale <= 1:
+            return contextlib.nullcontext()
+        from gensparse.processors.halves import halved
+
+        return halved(denoiser_of(pipe))
 
     def _warn(self, *texts: str) -> None:
         for text in texts:
@@ -253,7 +291,7 @@ class _Job:
         folder = self.output.preview_dir
         if folder is not None:
             path = folder / f"{self.index + 1:04d}-stage{result.index + 1}-{result.width}x{result.height}.png"
-            image_io.write_image(pipe.preview(result)[0], path, overwrite=True)
+            image_io.write_image(pipe.preview(result, vae_tile=vae_tile(self.tile))[0], path, overwrite=True)
 
     def _give_ground(self) -> bool:
         """After out of memory: once smaller tiles and chunks, then fewer resident weights. False at the end."""
@@ -261,7 +299,10 @@ class _Job:
             return self._less_resident()
         self.retried = True
         self.tile, self.chunk = smaller_tile(self.tile), min(CHUNK, max(1, self.chunk // 4)) if self.chunk else CHUNK
-        self._warn(f"out of memory: continued with --tile {self.tile} --chunk {self.chunk}")
+        halves = can_halve(self.resolved) and not self.halves
+        self.halves = self.halves or halves
+        more = " and the halves of the guidance one by one" if halves else ""
+        self._warn(f"out of memory: continued with --tile {self.tile} --chunk {self.chunk}{more}")
         return True
 
     def _less_resident(self) -> bool:
@@ -301,7 +342,12 @@ class _Job:
     def _metadata(self, request: Request) -> dict[str, Any]:
         used = request.replace(tile=self.tile, chunk=self.chunk)
         metadata = build_metadata(
-            used, self.resolved, offload=self.session.offload, attention=self.reports, source=self.source
+            used,
+            self.resolved,
+            offload=self.session.offload,
+            attention=self.reports,
+            source=self.source,
+            key=self.output.key,
         )
         return metadata if self.output.prompt_in_metadata else image_io.without_prompt(metadata)
 
@@ -351,6 +397,23 @@ class Runner:
         resolved, expected = fitting_estimate(resolved)
         session = self._session_for(ref, resolved)
         return session.run(resolved, output, picture=picture, on_event=on_event, cancel=cancel, expected=expected)
+
+    def prepare(self, request: Request) -> None:
+        """Load what a request needs before it comes. Raises as `execute`."""
+        ref = open_model(request)
+        resolved, _ = fitting_estimate(resolve_request(request, ref.info))
+        self._session_for(ref, resolved).pipe  # noqa: B018 - loads it
+
+    def tidy(self) -> None:
+        """Give memory back that nothing uses; the pipeline stays loaded."""
+        if self._session is not None:
+            self._session.tidy()
+
+    def close(self) -> None:
+        """Drop the pipeline."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._key = None
 
     def _session_for(self, ref: ModelRef, resolved: Resolved) -> Session:
         facts = resolved.loading

@@ -17,6 +17,7 @@ from gensparse.request import Request
 
 KEPT_PICTURES = 32  # per output folder
 KEY_LENGTH = 24
+_SAME_NATIVE = ("auto", "none", "cascade")  # ways whose native stage is the plain pipeline's, to the bit
 
 
 class StageCache:
@@ -104,8 +105,10 @@ def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> s
     import torch
 
     data = request.replace(size=None).to_dict()
-    for name in request.machine_fields | request.piece_fields | {"highres", "round", "image"}:
+    for name in request.machine_fields | request.piece_fields | {"round", "image"}:
         data.pop(name, None)
+    if request.highres in _SAME_NATIVE:
+        data.pop("highres")
     data |= {"device": resolved.device, "threads": torch.get_num_threads(), "versions": versions()}
     data["source"] = source.sha256 if source else None
     data["size"] = resolved.request.size if source else None

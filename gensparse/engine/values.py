@@ -38,6 +38,7 @@ class OutputOptions:
         paths: one file per picture; empty keeps the pictures in the result only.
         stages_dir: folder where finished stages are kept; None keeps them in memory.
         also_read: further folders with finished stages, for instance those of a draft.
+        key: of the job, written into the metadata (`gensparse.engine.record.job_key`).
         live_preview: send small pictures with `Event.preview` while a picture is denoised, as often as costs little.
     """
 
@@ -50,6 +51,7 @@ class OutputOptions:
     preview_dir: Path | None = None
     stages_dir: Path | None = None
     also_read: tuple[Path, ...] = ()
+    key: str | None = None
     live_preview: bool = False
 
 

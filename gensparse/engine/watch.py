@@ -142,8 +142,8 @@ def decode_guard(pipe: Any, check_cancel: Callable[[], None]) -> Iterator[Guard]
     guard, vae = Guard(), getattr(pipe, "vae", None)
     ends = []
     for half in (getattr(vae, "encoder", None), getattr(vae, "decoder", None)):
-        found = [m for m in half.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)] if half is not None else []
-        ends += found[-1:]
+        layers = () if half is None else half.modules()
+        ends += [layer for layer in layers if isinstance(layer, torch.nn.Conv2d | torch.nn.Conv3d)][-1:]
 
     def look(module: Any, inputs: Any, output: "torch.Tensor") -> None:
         check_cancel()

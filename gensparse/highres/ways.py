@@ -76,6 +76,7 @@ class WayFacts:
         method: the way is the size at once with this attention method, whose settings are the way's.
         strength: whether it can redo a chosen share of the noise range of a given picture.
         halves: whether the halves of the guidance may run one after the other.
+        procedure: attention of larger stages of a way in `gensparse.pipelines.flux_ways`; "" for all others.
     """
 
     about: str
@@ -84,6 +85,7 @@ class WayFacts:
     method: str = ""
     strength: bool = True
     halves: bool = True
+    procedure: str = ""
 
 
 POSITIONS = ("auto", "base", "ntk", "ntk10", "yarn", "interpolate", "imax_clip", "dy_ntk", "dy_yarn")
@@ -151,6 +153,23 @@ WAYS: dict[str, WayFacts] = {
             "view_batch": Setting("whole", 1, 1024),
         },
         halves=False,
+    ),
+    "clear": WayFacts(
+        "stages that double, each noised and denoised anew with CLEAR attention and a static time shift",
+        "CLEAR, arXiv 2412.16112",
+        {
+            "radius": Setting("whole", 1, 4096),
+            "strength": _SHARE,
+            "shift": Setting("number", 0.01, 100.0),
+            "guidance_factor": Setting("number", 0.01, 100.0),
+        },
+        procedure="clear:radius=16,proportional=true",
+    ),
+    "scale_dit": WayFacts(
+        "one jump; tokens see their window, text and the native picture as anchors; an experiment without LoRA",
+        "Scale-DiT, arXiv 2510.16325",
+        {"ratio": Setting("whole", 1, 64), "share": _SHARE, "guidance_factor": Setting("number", 0.01, 100.0)},
+        procedure="scale_dit",
     ),
     "rectifiedhr": WayFacts(
         "one run whose size and guidance rise near its end",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from quality import Item, Maker, Store, load_pipeline, prompts, run_item
 
+from gensparse.bench.quality import Item, Maker, Options, Store, load_pipeline, prompts, run_item
 from gensparse.embedded.quality import Interval, bootstrap, share_right
 from gensparse.embedded.reader import Reader
 from gensparse.methods import parse_method
@@ -82,13 +82,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5)
     options = parser.parse_args()
-    options.model, options.baselines, options.native = None, False, 256
     for method in METHODS:
         parse_method(method)
     store, reader = Store(options.run), Reader.load()
     store.check_settings({name: str(getattr(options, name)) for name in ("size", "dtype", "steps", "guidance")})
-    maker = Maker(options, store)
-    maker.loaded = load_pipeline(options)
+    run = Options(run=options.run, steps=options.steps, guidance=options.guidance, dtype=options.dtype)
+    maker = Maker(run, store)
+    maker.loaded = load_pipeline(run)
     for prompt in prompts(options.limit):
         for method in (DENSE, *METHODS):
             item = Item(str(options.size), method, prompt)
