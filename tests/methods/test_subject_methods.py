@@ -467,7 +467,7 @@ def test_masactrl_finds_the_subject_by_its_words() -> None:
     plain = call(net, inputs("sd15", 6))
     for out in outs:
         torch.testing.assert_close(out[[0, 3]], plain[[0, 3]], rtol=0, atol=2e-5)
-    assert not torch.allclose(outs[0], outs[1], atol=1e-4) or not torch.allclose(outs[0], outs[2], atol=1e-4)
+    assert not torch.allclose(outs[0], outs[1], atol=1e-4)
     with gensparse.applied(denoiser("flux"), MasaCtrl()) as handle, pytest.raises(ConfigError, match="in UNets alone"):
         handle.use(one(tokens=(1,)))
 
