@@ -23,12 +23,15 @@ _EXPORTS = {
     "RoutedPlan": "gensparse.plan",
     "Layout": "gensparse.layout",
     "Segment": "gensparse.layout",
+    "Concept": "gensparse.subjects.cast",
+    "Subjects": "gensparse.subjects.cast",
     "load_embedded": "gensparse.embedded",
     "GensparseError": "gensparse.errors",
     "ConfigError": "gensparse.errors",
 }
 
 __all__ = [
+    "Concept",
     "ConfigError",
     "GensparseError",
     "Handle",
@@ -37,6 +40,7 @@ __all__ = [
     "RouteContext",
     "RoutedPlan",
     "Segment",
+    "Subjects",
     "__version__",
     "applied",
     "apply",
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from gensparse.errors import ConfigError, GensparseError
     from gensparse.layout import Layout, Segment
     from gensparse.plan import Plan, RouteContext, RoutedPlan, build_plan
+    from gensparse.subjects.cast import Concept, Subjects
 
 
 def __getattr__(name: str) -> Any:
