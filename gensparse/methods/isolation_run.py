@@ -87,7 +87,8 @@ class IsolationRun(SubjectRun):
         self._shown: dict[tuple[Grid2, int], Shown] = {}
         self._grids: dict[str, Grid2] = {}
         self._model, self._rotary = subject.model, {}
-        if subject.family == "UNet" and method.cross:
+        self._crosses = subject.family == "UNet" and method.cross > 0
+        if self._crosses:
             self.hooks = [
                 module.register_forward_hook(partial(self._mutual, places[name].role), with_kwargs=True)
                 for name, module in _cross_modules(subject.model, places)
@@ -118,7 +119,7 @@ class IsolationRun(SubjectRun):
 
     def started(self, batch: Batch, arguments: dict[str, Any]) -> None:
         self._shown = {key: value for key, value in self._shown.items() if key[1] in (-1, batch.step)}
-        layouts = family_of(self._model).read_layouts(self._model, arguments, TensorMemo()) if self.hooks else {}
+        layouts = family_of(self._model).read_layouts(self._model, arguments, TensorMemo()) if self._crosses else {}
         self._grids = {role: plane(layout) for role, layout in layouts.items() if isinstance(layout, Layout)}
 
     def masks(self, grid: Grid2) -> Masks:

@@ -104,7 +104,7 @@ class SharedSite:
 class SubjectRun(Loaded):
     """Base of what the methods put on a model.
 
-    Subclasses give `views`, and where they need it `prepared`, `finished` and hooks (in `self.hooks`).
+    Subclasses give `views`, and where they need it `started`, `prepared`, `shared` and hooks (in `self.hooks`).
     """
 
     beside = ("controlnet",)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -304,11 +303,3 @@ def _styled(x: Tensor, items: int, layout: Layout) -> Tensor:
     if part == slice(0, x.shape[1]):
         return adain(x, items)
     return torch.cat([x[:, : part.start], adain(x[:, part], items), x[:, part.stop :]], 1)
-
-
-def group_numbers(masks: list[Tensor]) -> np.ndarray:
-    """Group of every token: the number (from 1) of the mask [N] that holds it, 0 for none; masks are disjoint."""
-    groups = np.zeros(len(masks[0]) if masks else 0, np.int64)
-    for number, mask in enumerate(masks, start=1):
-        groups[mask.bool().cpu().numpy()] = number
-    return groups
