@@ -24,6 +24,8 @@ _EXPORTS = {
     "Layout": "gensparse.layout",
     "Segment": "gensparse.layout",
     "Concept": "gensparse.subjects.cast",
+    "Region": "gensparse.subjects.areas",
+    "Regions": "gensparse.subjects.areas",
     "Subjects": "gensparse.subjects.cast",
     "load_embedded": "gensparse.embedded",
     "GensparseError": "gensparse.errors",
@@ -37,6 +39,8 @@ __all__ = [
     "Handle",
     "Layout",
     "Plan",
+    "Region",
+    "Regions",
     "RouteContext",
     "RoutedPlan",
     "Segment",
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     from gensparse.errors import ConfigError, GensparseError
     from gensparse.layout import Layout, Segment
     from gensparse.plan import Plan, RouteContext, RoutedPlan, build_plan
+    from gensparse.subjects.areas import Region, Regions
     from gensparse.subjects.cast import Concept, Subjects
 
 
