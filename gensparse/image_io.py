@@ -103,13 +103,16 @@ def read_header(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation where the header has it; `getexif` would decode a PNG to look behind its pixels."""
-    tags, block = getattr(image, "tag_v2", None), image.info.get("exif")
+    """EXIF orientation where the header has it; `getexif` would decode a PNG to look behind its pixels.
+
+    Pillow tells the size of a TIFF upright from the beginning.
+    """
+    block, exif = image.info.get("exif"), Image.Exif()
+    if image.format == "TIFF" or not isinstance(block, bytes):
+        return 1
     try:
-        if tags is None and isinstance(block, bytes):
-            tags = Image.Exif()
-            tags.load(block)
-        return int((tags or {}).get(0x0112, 1))
+        exif.load(block)
+        return int(exif.get(0x0112, 1))
     except Exception:  # a broken EXIF block turns nothing
         return 1
 
