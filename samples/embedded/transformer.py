@@ -161,10 +161,10 @@ def train(run: FluxRun) -> None:
         loss, *numbers = losses(run.captions, source, run.model if source.kind == "wide" else compute)
         return source.kind, loss, numbers
 
-    run.train(one, args.minutes, args.run / "transformer.csv", args.save_minutes)
+    run.train(one, args.minutes, args.run / "transformer.csv", args.save_minutes, args.steps)
 
 
-def main() -> None:
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80, help="time budget over all restarts")
@@ -173,11 +173,16 @@ def main() -> None:
         "--decay-from", type=float, default=0.5, help="share of the budget at which the rate starts to fall"
     )
     parser.add_argument("--stage-from", type=float, default=0, help="skip the stages before this share of the budget")
+    parser.add_argument("--steps", type=int, help="end after so many steps, all restarts together")
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", type=Path, help="pipeline folder whose weights a new run starts from")
     parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = read_options(arguments)
     run = FluxRun(args)
     if args.init and not run.path.exists():
         run.start_from(args.init)
