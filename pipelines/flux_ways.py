@@ -111,8 +111,9 @@ class ClearStages(FluxWay):
         return self.method if wanted == "auto" else as_method(wanted)
 
     def beyond(self, pipe: Any, run: Any) -> Any:
-        config = {**pipe.scheduler.config, "use_dynamic_shifting": False, "shift": self.shift}
-        template = type(pipe.scheduler).from_config(config)
+        config = pipe.scheduler.config
+        # as keywords: in a config, entries that were defaults are overlooked
+        template = type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=self.shift)
         sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / run.steps, run.steps)
         retrieve_timesteps(template, run.steps, run.device, sigmas=sigmas)
         levels = tuple(template.sigmas.tolist())

@@ -190,7 +190,7 @@ class DemoFusion(Way):
         if zoom == 1:
             return local  # the one dilated view is the picture itself
         weights, step = self._weights(moment), (zoom, zoom)
-        whole = views.padded_to(x, step)
+        whole = views.padded_to(x, (zoom * native.patch,) * 2)  # so that views hold whole tokens
         parts = views.dilated_views(demofusion.blurred(whole, zoom, weights.blur, self.sigma), step)
         found = [noise_of(part, [(0, 0)] * (len(part) // len(x))) for part in parts.split(self.view_batch * len(x))]
         dilated = views.from_dilated(torch.cat(found), step)[..., -size[0] :, -size[1] :]

@@ -64,8 +64,8 @@ def test_any_size_comes_out(pipe, call, highres, height, width):
 
 def two_stages(stock, image, steps: int, seed: int, *, clear: Clear | None = None) -> torch.Tensor:
     """The second stage by diffusers: static shift 3, strength 0.7, from the same noise and the mode of the encoder."""
-    config = {**stock.scheduler.config, "use_dynamic_shifting": False, "shift": 3.0}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    config = stock.scheduler.config
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, use_dynamic_shifting=False, shift=3.0)
     reference = FluxImg2ImgPipeline.from_pipe(stock, scheduler=scheduler, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     height, width = image.shape[-2:]

@@ -72,18 +72,16 @@ def test_a_region_is_asked_about_and_answered(folder: Path) -> None:
 
 
 def test_the_question_reaches_the_model_and_its_picture(folder: Path) -> None:
-    caption, seen = VisionCaptioner(str(folder), question="What grows here?", max_new_tokens=1), []
-
-    def noted(_model, _args, given):
-        seen.append((given["input_ids"], given.get("pixel_values")))
-
-    caption._loaded().model.register_forward_pre_hook(noted, with_kwargs=True)
+    caption, words, pixels = VisionCaptioner(str(folder), question="What grows here?", max_new_tokens=1), [], []
+    model = caption._loaded().model
+    model.register_forward_pre_hook(lambda _m, _a, given: words.append(given["input_ids"]), with_kwargs=True)
+    eyes = next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
+    eyes.register_forward_pre_hook(lambda _m, a, g: pixels.extend([*a, *g.values()]), with_kwargs=True)
     caption(Image.new("RGB", (20, 20), "green"), (0, 0, 1, 1))
-    ids, pixels = seen[0]
-    text = caption._pipe.tokenizer.decode(ids[0])
+    text = caption._pipe.tokenizer.decode(words[0][0])
     assert "What grows here?" in text
     assert text.count("<image>") == 4
-    assert pixels.shape == (1, 3, 16, 16)
+    assert pixels[0].shape == (1, 3, 16, 16)
     assert "Do not guess" in QUESTION
 
 
