@@ -220,12 +220,11 @@ def resolve(
     """
     if looks_like_path(spec):
         return _check_local(Path(spec).expanduser(), variant, trust_remote_code, weights)
-    info = REGISTRY.get(spec.lower())
+    info, name = REGISTRY.get(spec.lower()), spec.lower()
+    if name in (shipped or {}):
+        return _check_folder(shipped[name](), name, info, None, None, False, weights)
     if info is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         raise ModelError(_unknown(spec))
-    if info is not None and info.hub_id is None:
-        folder = (shipped or {})[info.alias]()
-        return _check_folder(folder, info.alias, info, None, None, False, weights)
     info = info or _by_hub_id(spec)
     if info is not None and not weights:
         return ModelRef(info.alias, info, None, revision, variant)
@@ -250,9 +249,9 @@ def find_configs(
     if looks_like_path(spec):
         folder = _local_folder(Path(spec).expanduser())
         return folder.resolve().name, None, folder
-    info = REGISTRY.get(spec.lower())
-    if info is not None and info.hub_id is None:
-        return info.alias, info, (shipped or {})[info.alias]()
+    info, name = REGISTRY.get(spec.lower()), spec.lower()
+    if name in (shipped or {}):
+        return name, info, shipped[name]()
     info = info or _by_hub_id(spec)
     if info is not None and revision is None:
         return info.alias, info, None

@@ -127,8 +127,8 @@ def test_auto_map_is_code_too(tmp_path: Path) -> None:
 
 
 def test_unsupported_family_lists_the_supported_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline.*supported: flux"):
-        resolve(str(make_folder(tmp_path / "m", _class_name="StableDiffusionXLPipeline")))
+    with pytest.raises(ModelError, match=r"KandinskyPipeline.*supported: flux"):
+        resolve(str(make_folder(tmp_path / "m", _class_name="KandinskyPipeline")))
 
 
 def test_two_transformers_are_refused_not_half_served(tmp_path: Path) -> None:

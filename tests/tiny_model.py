@@ -25,3 +25,15 @@ def tiny_folder() -> Path:
     tiny_flux_pipeline().save_pretrained(folder)
     (folder / "gensparse.json").write_text(json.dumps(NOTES))
     return folder
+
+
+@cache
+def tiny_family(name: str) -> Path:
+    """A tiny pipeline of another family, saved once per test run; native 32 x 32 pixels."""
+    from gensparse.testing.tiny import tiny_pipeline
+
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny-{name}-")) / f"tiny-{name}"
+    tiny_pipeline(name).save_pretrained(folder)
+    if name == "qwenimage":  # its scheduler says 64 tokens per side
+        (folder / "gensparse.json").write_text(json.dumps({"native_size": 32, "max_sequence_length": 16}))
+    return folder

@@ -43,7 +43,7 @@ def plan(
 
 def open_model(request: Request, *, weights: bool = True) -> ModelRef:
     """Find and check the model of a request; `weights=False` reads configs only. Raises ModelError."""
-    from gensparse.embedded import embedded_path
+    from gensparse.embedded import SHIPPED
 
     return resolve(
         request.model,
@@ -53,7 +53,7 @@ def open_model(request: Request, *, weights: bool = True) -> ModelRef:
         trust_remote_code=request.trust_remote_code,
         token=request.token,
         weights=weights,
-        shipped={"embedded": embedded_path},
+        shipped=SHIPPED,
     )
 
 

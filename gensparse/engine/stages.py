@@ -45,7 +45,9 @@ class StageCache:
         return result
 
     def save(self, index: int, result: Any) -> None:
-        """Keep a finished stage. Raises OutputError when the folder cannot be written."""
+        """Keep a finished stage, unless its numbers broke. Raises OutputError when the folder cannot be written."""
+        if not bool(result.latents.isfinite().all()):
+            return  # an autoencoder that overflowed, computed again in float32
         self._memory[index] = result
         if not self._writable:
             return

@@ -143,9 +143,9 @@ def check_support(
 
 # ------------------------------------------------------------------------------------------------------- configs, model
 def _configs(spec: str, source: Mapping[str, Any]) -> _Configs:
-    from gensparse.embedded import embedded_path
+    from gensparse.embedded import SHIPPED
 
-    name, info, folder = find_configs(spec, shipped={"embedded": embedded_path}, **source)
+    name, info, folder = find_configs(spec, shipped=SHIPPED, **source)
     if folder is None:
         assert info is not None, "what has no files is registered"
         return _registered(info)

@@ -352,7 +352,7 @@ def test_fault_11_code_of_a_model_is_named_and_not_run(cli: Cli) -> None:
 
 @pytest.mark.parametrize(
     "index",
-    [{"_class_name": "StableDiffusionPipeline"}, {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "X"]}],
+    [{"_class_name": "KandinskyPipeline"}, {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "X"]}],
     ids=["family", "two-transformers"],
 )
 def test_fault_12_unsupported_families_get_the_list(cli: Cli, index: dict) -> None:

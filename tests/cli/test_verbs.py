@@ -180,7 +180,7 @@ def test_upscale_doubles_by_default(cli: Cli) -> None:
 def test_upscale_many_into_a_folder(cli: Cli) -> None:
     photo(Path("a.png")), photo(Path("b.png"), 16, 16)
     ran = cli("upscale", "a.png", "b.png", *TINY, "--by", "1.5", "--strength", "0", "-o", "large/")
-    assert ran.out.split() == ["large/0001.png", "large/0002.png"]
+    assert ran.out.split() == ["large/a.png", "large/b.png"]
     assert [Image.open(p).size for p in ran.out.split()] == [(60, 36), (24, 24)]
 
 

@@ -1,16 +1,14 @@
 """Every measure praises renderings and fails on its planted defect."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from gensparse.bench.quality import prompts
 from gensparse.embedded import defects
 from gensparse.embedded.quality import (
     KernelBlocks,
@@ -296,13 +294,9 @@ def test_bootstrap_needs_items():
 
 @pytest.fixture(scope="module")
 def harness():
-    path = Path(__file__).resolve().parents[2] / "samples" / "embedded" / "quality.py"
-    spec = importlib.util.spec_from_file_location("embedded_quality_run", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["embedded_quality_run"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["embedded_quality_run"]
+    from gensparse.bench import quality
+
+    return quality
 
 
 def fake_pipeline(calls: list):
@@ -310,7 +304,7 @@ def fake_pipeline(calls: list):
 
     def pipe(prompt, height, attention, **rest):
         calls.append((len(prompt), height, attention))
-        scenes = {p.text: p.scene for p in sys.modules["embedded_quality_run"].prompts(4)}
+        scenes = {p.text: p.scene for p in prompts(4)}
         pictures = [defects.blurred(render(scenes[text], height, height), 1.0) for text in prompt]
         return type("Output", (), {"images": pictures})()
 
