@@ -121,7 +121,7 @@ def _unet_stages(resolved: Resolved, asked: Asked) -> list["Stage"]:
     from gensparse.pipelines.unet_ways import Native, as_way
 
     arch = resolved.info.architecture
-    native = Native(resolved.info.native_size // arch.vae_factor, arch.vae_factor)
+    native = Native(resolved.info.native_size // arch.vae_factor, arch.vae_factor, arch.patch)
     return as_way(asked.text).plan(padded_size(resolved), native, resolved.request.steps or 1)
 
 

@@ -217,6 +217,29 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             negative=True,
             cascade=_REAL_GUIDANCE,
         ),
+        Checkpoint(
+            family="pixart",
+            title="PixArt",
+            pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline", "PixArtHighresPipeline"),
+            highres="PixArtHighresPipeline",
+            denoiser="transformer",
+            attention="pixart",
+            sizes=sizes.pixart_sizes,
+            ways=("none", "cascade", "demofusion", "rectifiedhr", "c_upscale"),
+            auto="cascade",
+            encoders=sizes.PIXART_ENCODERS,
+            levels="steps",
+            native=_sampled,
+            facts={
+                "native_size": 1024,
+                "steps": 20,
+                "guidance": 4.5,
+                "max_sequence_length": 300,
+                "unconditional": True,
+            },
+            automatic="auto",
+            channels=(4,),
+        ),
     )
 }
 """Family -> its row."""

@@ -14,6 +14,7 @@ SD15_ENCODERS = 123_000_000  # CLIP-L
 SDXL_ENCODERS = 817_000_000  # CLIP-L 0.12 B and OpenCLIP bigG 0.69 B
 SD3_ENCODERS = 5_580_000_000  # CLIP-L, OpenCLIP bigG and T5-XXL
 QWEN_ENCODERS = 8_290_000_000  # Qwen2.5-VL-7B
+PIXART_ENCODERS = 4_760_000_000  # T5-XXL
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class UNetArchitecture:
     encoder_params: int = SDXL_ENCODERS
     kept_params: int = 0
     guidance_in_batch: bool = True
+    patch: int = 1  # latent cells that sides are multiples of
 
     @property
     def vae_factor(self) -> int:
@@ -179,11 +181,11 @@ class UNetArchitecture:
     @property
     def multiple(self) -> int:
         """Both sides of a picture are multiples of this many pixels."""
-        return self.vae_factor
+        return self.vae_factor * self.patch
 
     @property
     def blocks(self) -> str:
-        return f"{self.width} channels at the finest of its levels with attention"
+        return f"{self.width} channels where attention is finest"
 
     def tokens(self, height: int, width: int) -> int:
         """Picture tokens of a size in pixels."""
@@ -276,6 +278,24 @@ def unet_sizes(config: Config, vae: Config) -> UNetArchitecture:
         linear_flops=linear,
         attention_flops=pairs,
         values=(15.74 * per_cell, 14.02 * per_cell),  # the last convolutions at full size, as traced for SDXL
+        **autoencoder(vae),
+    )
+
+
+def pixart_sizes(config: Config, vae: Config) -> UNetArchitecture:
+    """From the configs of a PixArt transformer: tokens of 2 x 2 cells, and attention to text beside its own."""
+    heads, head_dim = int(config.get("num_attention_heads", 16)), int(config.get("attention_head_dim", 72))
+    layers, width = int(config.get("num_layers", 28)), heads * head_dim
+    return UNetArchitecture(
+        transformer_params=16 * width**2 * layers,
+        layers=layers,
+        in_channels=int(config.get("in_channels", 4)),
+        width=width,
+        head_dim=head_dim,
+        linear_flops=28.0 * width**2 * layers,
+        attention_flops=4.0 * width * layers,
+        values=(13.0 * width, 9.0 * width),  # as Stable Diffusion 3; not traced
+        patch=int(config.get("patch_size", 2)),
         **autoencoder(vae),
     )
 

@@ -2,7 +2,7 @@
 
 Renderings of scenes that no training has seen are enlarged by `gensparse upscale`, without a prompt, and compared with
 true renderings of the same scenes at the target size (`gensparse.embedded.faithful`). One line per picture is kept in
-DIR/items.jsonl; started again, the run goes on, and a picture that lacks numbers only is not made again.
+DIR/items.jsonl; started again, the run goes on.
 """
 
 import argparse
