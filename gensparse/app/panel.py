@@ -106,15 +106,15 @@ class Panel:
             return self._only(timer=gr.Timer(active=False))
         try:
             job = self.app.job(watched[0], request)
-        except GensparseError as error:
+            if job.state.ended:
+                return self._end(job)
+        except (GensparseError, OSError) as error:
             return self._only(
                 card=render.error_card(str(error)),
                 cancel=gr.update(visible=False),
                 watched=None,
                 timer=gr.Timer(active=False),
             )
-        if job.state.ended:
-            return self._end(job)
         if job.revision == watched[1]:
             return self._only()
         return self._only(card=render.job_card(job, self.app.jobs.position(job)), watched=(job.id, job.revision))

@@ -30,7 +30,7 @@ from gensparse.errors import ConfigError
 from gensparse.image_io import read_metadata
 
 SOON = 120.0
-GRACE = 5.0  # seconds: more than a look at a job takes on a busy machine
+GRACE = 4.0  # seconds: more than a look at a job takes on a busy machine
 QUEUE = 6
 START = """
 import sys
@@ -235,6 +235,45 @@ def test_a_page_that_is_loaded_again_finds_its_job(server: Running, visitor: Vis
     assert not [data for data in (run(other, d["id"], []) for d in loads) if isinstance(data[0], str)]
     (card,) = press(again, "gs-generate-cancel")
     assert "Stopping" in card or "Cancelled" in card
+
+
+def watch(visitor: Visitor) -> dict[str, Any]:
+    """What the page shows once its job has ended, by the names of its widgets."""
+    config = visitor.http.get("/config").json()
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    (card,) = [number for number, props in parts.items() if props.get("elem_id") == "gs-generate-card"]
+    dep = next(
+        d for d in config["dependencies"] if any(event == "tick" for _, event in d["targets"]) and card in d["outputs"]
+    )
+    deadline = time.monotonic() + SOON
+    while True:
+        data = run(visitor, dep["id"], [None])
+        named = {parts[number].get("elem_id"): value for number, value in zip(dep["outputs"], data, strict=True)}
+        if "Done" in str(named["gs-generate-card"]) or "alert" in str(named["gs-generate-card"]):
+            return named
+        assert time.monotonic() < deadline, named
+        time.sleep(0.2)
+
+
+def test_a_picture_is_compared_with_its_draft_and_with_dense_attention(server: Running, visitor: Visitor) -> None:
+    widgets = {"Size": "512x512", "Steps": 2, "Attention": "clear", "Settings": "radius=2"}
+    press(visitor, "gs-generate-run", Prompt="a red circle", **widgets)
+    shown = watch(visitor)
+    assert "gs-viewer" in shown["gs-generate-result"]
+    assert "--attention clear:radius=2" in shown["gs-generate-command"]
+    assert "sparse attention in 1 of" in str(shown["gs-generate-card"])
+    assert shown["gs-generate-dense"]["visible"]
+    slider, _ = press(visitor, "gs-generate-native")
+    press(visitor, "gs-generate-dense")
+    dense = watch(visitor)["gs-generate-slider"]
+    for pair in (slider["value"], dense["value"]):
+        sizes = []
+        for file in pair:
+            answer = visitor.http.get(f"/gradio_api/file={file['path']}")
+            sizes.append(Image.open(io.BytesIO(answer.content)).size)
+            assert Visitor(server.url).http.get(f"/gradio_api/file={file['path']}").status_code == 403
+        assert sizes == [(512, 512)] * 2
+    assert "clear" in dense["label"]
 
 
 def test_the_python_client_can_use_the_endpoints(server: Running, tmp_path: Path) -> None:
@@ -454,27 +493,21 @@ def test_fault_29_fifty_jobs_at_once_are_finished_or_refused(server: Running) ->
     crowd = [shared if number % 2 else Visitor(server.url, cookie=False) for number in range(50)]
     start = threading.Barrier(50)
 
-    def one(number: int) -> tuple[Visitor, str | None, str]:
+    def one(number: int) -> str:
         start.wait()
         try:
-            return crowd[number], crowd[number].generate(seed=number)["job"], ""
+            job = crowd[number].generate(seed=number)["job"]
         except RuntimeError as error:
-            return crowd[number], None, str(error)
+            return str(error)
+        return crowd[number].ended(job)["state"]
 
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(one, range(50)))
-    accepted = [(who, job) for who, job, _ in answers if job is not None]
-    refused = [text for _, job, text in answers if job is None]
-    assert len(accepted) + len(refused) == 50
-    assert len(accepted) > QUEUE - 1
+    done = answers.count("done")
+    refused = [text for text in answers if text != "done"]
     assert all("queue is full" in text and "try again" in text for text in refused), set(refused)
-    left, states, deadline = accepted, [], time.monotonic() + SOON
-    while left:  # everybody asks in turn, as everybody's page does
-        seen = [who.call("status", job)["state"] for who, job in left]
-        states += [state for state in seen if state not in ("queued", "running")]
-        left = [item for item, state in zip(left, seen, strict=True) if state in ("queued", "running")]
-        assert time.monotonic() < deadline, seen
-    assert states == ["done"] * len(accepted)
+    assert done + len(refused) == 50
+    assert done >= QUEUE
 
 
 def test_fault_29_a_job_stops_soon_when_its_visitor_is_gone(server: Running) -> None:
@@ -561,7 +594,7 @@ class Nothing:
     """An engine that draws nothing."""
 
     def execute(self, request, output=None, *, on_event=None, cancel=None) -> Result:
-        return Result("ok", (), request.to_dict(portable=True), {"total": 0.0}, {}, {}, {})
+        raise AssertionError("nothing was to be drawn")
 
     def tidy(self) -> None:
         pass
@@ -592,9 +625,8 @@ def test_a_shared_server_asks_for_its_password_and_takes_no_files(tmp_path: Path
                 visitor.generate(**fields)
         with pytest.raises(RuntimeError, match="names a file"):
             visitor.generate(attention="clear:weights=/tmp/x.safetensors")
-        assert visitor.ended(visitor.generate()["job"])["state"] == "done"
-        assert list((tmp_path / "out").iterdir())
-        assert server.app.settings.shared
+        folder = server.app.sessions.new_folder("cookie-x")
+        assert folder.is_relative_to((tmp_path / "out").resolve())
     assert not list((tmp_path / "out").iterdir()), "results of visitors go with the server"
 
 
