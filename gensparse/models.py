@@ -78,10 +78,12 @@ _STABILITY = "Stability AI Community License"
 _FLUX_DEV = "FLUX.1 [dev] Non-Commercial License"
 _DISTILLED = Architecture(guidance_embeds=False)
 
-def _published(alias: str, family: str, hub_id: str, licence: str, summary: str, **facts: Any) -> ModelInfo:
+def _published(alias: str, family: str, hub_id: str | None, licence: str, summary: str, **facts: Any) -> ModelInfo:
     """An entry whose sizes follow from the published config of its denoiser."""
     row, config = CHECKPOINTS[family], PUBLISHED[alias]
     known = facts_of(row, config, VAES.get(alias, {}), SCHEDULERS.get(alias, {}))
+    if "encoders" in facts:
+        known["architecture"] = replace(known["architecture"], encoder_params=facts.pop("encoders"))
     return ModelInfo(alias, family, hub_id, licence, summary, **{**known, **facts})
 
 
@@ -121,6 +123,16 @@ REGISTRY: dict[str, ModelInfo] = {
                 vae_convs=(4, 7, 10, 13),
                 encoder_params=3_000_000,
             ),
+        ),
+        _published(
+            "embedded-unet",
+            "sdxl",
+            None,
+            "Apache-2.0",
+            "the same shapes, drawn by a small UNet of SDXL's kind: for what only UNets can do; no download",
+            steps=25,
+            guidance=5.0,
+            encoders=1_400_000,
         ),
         ModelInfo("flux.1-dev", "flux", "black-forest-labs/FLUX.1-dev", _FLUX_DEV, "12 B parameters, guided"),
         ModelInfo(
@@ -183,6 +195,9 @@ REGISTRY: dict[str, ModelInfo] = {
     )
 }
 
+SHIPPED = tuple(alias for alias, info in REGISTRY.items() if info.hub_id is None)
+"""Models that come with the package."""
+
 
 # --------------------------------------------------------------------------------------------------------- resolution
 @dataclass(frozen=True)
@@ -198,7 +213,7 @@ class ModelRef:
 
     @property
     def embedded(self) -> bool:
-        return self.info.alias == "embedded"
+        return self.info.alias in SHIPPED
 
 
 def resolve(
@@ -448,6 +463,7 @@ _OWN_NUMBERS = {
     "max_sequence_length": ("max_sequence_length", int, 1),
     "num_inference_steps": ("steps", int, 1),
     "true_cfg_scale": ("guidance", float, 0),
+    "guidance_scale": ("guidance", float, 0),
     "dense_below_tokens": ("dense_below", int, 0),
 }
 

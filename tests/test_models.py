@@ -8,7 +8,7 @@ import pytest
 from fake_hub import make_cache, make_folder, serve
 
 from gensparse.errors import ModelError
-from gensparse.models import REGISTRY, Architecture, resolve
+from gensparse.models import REGISTRY, SHIPPED, Architecture, resolve
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_registry_knows_the_shipped_model() -> None:
     assert replace(shipped, encoder_params=0) == replace(listed, encoder_params=0)
 
 
-@pytest.mark.parametrize("alias", [name for name in REGISTRY if name != "embedded"])
+@pytest.mark.parametrize("alias", [name for name in REGISTRY if name not in SHIPPED])
 def test_registered_models_can_be_planned_without_files(cache: Path, alias: str) -> None:
     ref = resolve(alias.upper(), weights=False)
     assert (ref.name, ref.folder) == (alias, None)

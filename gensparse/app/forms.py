@@ -43,12 +43,15 @@ def models_here() -> list[str]:
     """Models of the registry whose files are on this machine, the embedded one first."""
     from huggingface_hub import try_to_load_from_cache
 
+    from gensparse.embedded import is_shipped
     from gensparse.models import REGISTRY
 
-    def present(hub_id: str | None) -> bool:
-        return hub_id is None or isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+    def present(alias: str, hub_id: str | None) -> bool:
+        if hub_id is None:
+            return is_shipped(alias)
+        return isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
 
-    return [info.alias for info in REGISTRY.values() if present(info.hub_id)]
+    return [info.alias for info in REGISTRY.values() if present(info.alias, info.hub_id)]
 
 
 def generate_request(values: Mapping[str, Any], settings: Settings) -> GenerateRequest:

@@ -141,10 +141,11 @@ def lab_models() -> dict[str, LabModel]:
 
 
 def _registered(info: ModelInfo) -> LabModel:
+    from gensparse.embedded import is_shipped
     from gensparse.engine import open_model
     from gensparse.request import GenerateRequest
 
-    if info.hub_id is None:  # its folder lies in the package and knows more
+    if is_shipped(info.alias):  # its folder lies in the package and knows more
         info = open_model(GenerateRequest(model=info.alias), weights=False).info
     arch, module = info.architecture, f"gensparse.families.{info.row.attention}"
     model_class = next(name for name, place in FAMILIES.items() if place == module and "ControlNet" not in name)

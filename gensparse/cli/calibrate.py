@@ -41,9 +41,10 @@ def calibrate(
     from gensparse.engine.profiling import profile_model
     from gensparse.errors import ConfigError
     from gensparse.methods.profile import FILE_NAME
+    from gensparse.models import SHIPPED
     from gensparse.request import GenerateRequest
 
-    prompts = prompt or (_known_prompts() if model == "embedded" else None)
+    prompts = prompt or (_known_prompts() if model in SHIPPED else None)
     if not prompts:
         raise ConfigError(f"nothing to draw with {model!r} was given; pass one or more --prompt")
     path = output_file or Path(FILE_NAME)

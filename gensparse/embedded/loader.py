@@ -51,14 +51,24 @@ def embedded_path(kind: str = "flux") -> Path:
     """
     if kind not in _FOLDERS:
         raise ConfigError(unknown_name("embedded model", kind, _FOLDERS))
-    path = Path(str(files("gensparse.embedded").joinpath(_FOLDERS[kind])))
-    if not (path / "model_index.json").is_file():
-        raise ModelError(f"The model {ALIASES[kind]} is not at {path}: {_MISSING[kind]}")
-    return path
+    index = _index_of(kind)
+    if not index.is_file():
+        raise ModelError(f"The model {ALIASES[kind]} is not at {index.parent}: {_MISSING[kind]}")
+    return index.parent
+
+
+def _index_of(kind: str) -> Path:
+    return Path(str(files("gensparse.embedded").joinpath(_FOLDERS[kind], "model_index.json")))
 
 
 SHIPPED: Mapping[str, Callable[[], Path]] = {alias: partial(embedded_path, kind) for kind, alias in ALIASES.items()}
 """Name for `-m` -> its folder."""
+
+
+def is_shipped(alias: str) -> bool:
+    """Whether a name for `-m` is that of an embedded model which this installation has."""
+    kind = next((kind for kind, own in ALIASES.items() if own == alias), None)
+    return kind is not None and _index_of(kind).is_file()
 
 
 def embedded_notes(kind: str = "flux") -> dict[str, Any]:

@@ -69,9 +69,9 @@ def _load_weights(ref: ModelRef, dtype: "torch.dtype", quantize: str) -> Any:
     cls = getattr(pipelines, row.highres)
     assert ref.folder is not None, "models without files can only be planned"
     if ref.embedded and quantize == "none":
-        from gensparse.embedded import load_embedded
+        from gensparse.embedded import load_folder
 
-        return cls.from_pipe(load_embedded(dtype=dtype))
+        return cls.from_pipe(load_folder(ref.folder, dtype))
     try:
         return cls.from_pretrained(
             ref.folder,

@@ -147,7 +147,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             layout=lambda arch: {"vae_scale": arch.vae_factor, "level": arch.level},
             needs=("text_encoder",),  # the refiner has none
             automatic="auto",
-            channels=(4,),
+            channels=(4, 8),  # 8: the embedded UNet's
         ),
         Checkpoint(
             family="sd15",

@@ -19,6 +19,21 @@ _SDXL: Mapping[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
+# as samples/embedded/unet.py trains it
+_EMBEDDED_UNET = {
+    **_SDXL,
+    "sample_size": 32,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (48, 96, 128),
+    "attention_head_dim": (3, 3, 4),
+    "transformer_layers_per_block": 1,
+    "norm_num_groups": 16,
+    "cross_attention_dim": 288,
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 320,
+}
+
 _SD3: Mapping[str, Any] = {
     "_class_name": "SD3Transformer2DModel",
     "sample_size": 128,
@@ -44,6 +59,7 @@ _SD35_LARGE = {
 
 PUBLISHED: dict[str, Mapping[str, Any]] = {
     "sdxl": _SDXL,
+    "embedded-unet": _EMBEDDED_UNET,
     "sdxl-turbo": {**_SDXL, "sample_size": 64},
     "sd1.5": {
         "_class_name": "UNet2DConditionModel",
@@ -79,6 +95,11 @@ SCHEDULERS: dict[str, Mapping[str, Any]] = {"qwen-image": {"max_image_seq_len": 
 """Alias -> what its scheduler's config says about the size of training."""
 
 VAES: dict[str, Mapping[str, Any]] = {
+    "embedded-unet": {
+        "_class_name": "AutoencoderTiny",
+        "decoder_block_out_channels": (32, 32, 32, 32),
+        "num_decoder_blocks": (4, 3, 2, 1),
+    },
     "qwen-image": {"_class_name": "AutoencoderKLQwenImage", "base_dim": 96, "dim_mult": (1, 2, 4, 4)},
 }
 """Alias -> config of its autoencoder, where it is not the usual AutoencoderKL of widths 128 to 512."""

@@ -11,9 +11,14 @@ from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 import gensparse.embedded
 from gensparse.embedded import embedded_notes, embedded_path, load_embedded, load_folder
 from gensparse.embedded.scenes import caption, random_scene
+from gensparse.engine import execute, open_model
 from gensparse.errors import ConfigError, ModelError
 from gensparse.families import family_of
+from gensparse.families.published import PUBLISHED
+from gensparse.families.sizes import unet_sizes
+from gensparse.models import REGISTRY, resolve
 from gensparse.pipelines import SDXLHighresPipeline
+from gensparse.request import GenerateRequest
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "embedded"
 PICTURES = 6
@@ -281,6 +286,24 @@ def test_hidiffusion_reduces_its_deep_features(folder):
     assert np.array_equal(call(pipe, 384), plain)
 
 
+def test_the_engine_knows_the_folder_and_makes_its_pictures(folder):
+    info = resolve(str(folder)).info
+    assert (info.family, info.native_size, info.steps, info.guidance) == ("sdxl", 256, 25, 5.0)
+    job = GenerateRequest(prompt="a red circle", model=str(folder), steps=1, seed=(3,), dtype="fp32", device="cpu")
+    (output,) = execute(job).outputs
+    assert output.image.size == (256, 256)
+
+
+def test_the_registered_sizes_are_those_that_are_trained(scripts):
+    built = scripts.unet.build_unet().config
+    for name, value in PUBLISHED["embedded-unet"].items():
+        if not name.startswith("_"):
+            assert built[name] == value, name
+    listed = REGISTRY["embedded-unet"]
+    assert listed.native_size == 256
+    assert listed.architecture.transformer_params == unet_sizes(built, {}).transformer_params
+
+
 # ---------------------------------------------------------------- as it ships
 
 
@@ -293,6 +316,8 @@ def test_the_shipped_one_is_complete_or_says_how_to_get_it():
     if not (Path(gensparse.embedded.__file__).parent / "unet_model" / "model_index.json").is_file():
         with pytest.raises(ModelError, match=r"embedded-unet.*train\.py"):
             load_embedded(kind="unet")
+        with pytest.raises(ModelError, match="embedded-unet"):
+            open_model(GenerateRequest(model="embedded-unet"))
         return
     pipe = load_embedded(kind="unet")
     assert isinstance(pipe, StableDiffusionXLPipeline)
