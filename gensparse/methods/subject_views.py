@@ -107,6 +107,7 @@ class StyleRun(SubjectRun):
     """Statistics and keys of the first picture of a half for the others."""
 
     method: "StyleAligned"
+    symmetric = True  # the reference alone is what it is without the method
 
     def __init__(self, method: "StyleAligned", subject: Subject, places: Mapping[str, Place]) -> None:
         super().__init__(method, subject, places)

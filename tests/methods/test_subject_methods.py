@@ -421,6 +421,9 @@ def test_shared_group_norms_and_plain_layers() -> None:
             assert handle.report()["sparse"] == (7 if what.group_norm else 3)
         torch.testing.assert_close(out[0], plain[0], rtol=0, atol=2e-5)
         assert not torch.allclose(out[1], plain[1], atol=1e-3)
+    with gensparse.applied(net, StyleAligned(group_norm=True, shift=0.7)):
+        single = call(net, inputs("sd15", 1))
+    assert torch.equal(single, call(net, inputs("sd15", 1)))
     alike = {name: x[:1].expand(3, *x.shape[1:]) for name, x in given.items()}
     with gensparse.applied(net, StyleAligned(group_norm=True, shift=0.7)):
         out = call(net, alike)
