@@ -15,6 +15,7 @@ from encode import grid_ids
 from meaning import LABELS, Meaning, describe_scene, meaning_loss, stacked
 from running import muon_and_adam
 from text import PAIR_WIDTHS, POOLED, CaptionPair, encoder_pair, take_weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
 from gensparse.embedded import embedded_path
@@ -59,7 +60,8 @@ def loss_of(model: Encoders, captions: CaptionPair, scenes: list[Scene], seeds: 
     rows = stacked([describe_scene(scene, ids) for scene in scenes])
     labels = {name: torch.from_numpy(rows[name]) for name in LABELS}
     tokens = captions([caption(scene, int(seed)) for scene, seed in zip(scenes, seeds, strict=True)])
-    with torch.autocast("cpu", torch.bfloat16):
+    # the gradient of fused attention is slower on CPUs at these sizes
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
         read, ground = model(*(part[:, :TOKENS] for part in tokens))
     kinds = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
     colours = torch.tensor([COLOURS.index(scene.background_colour) for scene in scenes])
