@@ -236,7 +236,8 @@ class Handle:
             Both are None before a sparse call. "method": its settings as data; "family": of the model. "error":
             {"measured": relative error of the attention outputs against dense ones, root mean square over the tokens
             that `audit` looked at; "predicted": what the method expected}, each None where it is not known. "recorded",
-            after `record`: {source: tokens, grid and bytes of what the sites keep}. Methods may add entries of their own.
+            after `record`: {source: tokens, grid and bytes of what the sites keep}. Methods may add entries of their
+            own.
         """
         attached = self._attachments
         densities = [density for attachment in attached for density in attachment.tally.densities()]

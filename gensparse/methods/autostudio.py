@@ -23,8 +23,8 @@ class AutoStudio(CrossMethod):
     per object in their order: `ip_adapter_image=[[...]]`, a white picture for an object without one, and
     `pipe.set_ip_adapter_scale(0.7)`. Inside boxes the background's text counts negative, as published. In the last
     steps the picture is drawn as usual, without image prompts. The authors' language-model agents are not part of it: a
-    layout comes from you. First latents from drafts of single objects are `gensparse.subjects.drafts.DraftGuide`. Stable
-    Diffusion 1.5 and XL.
+    layout comes from you. First latents from drafts of single objects are `gensparse.subjects.drafts.DraftGuide`.
+    Stable Diffusion 1.5 and XL.
 
     Args:
         regions: the objects: list of {"prompt": phrase, "box": [x0, y0, x1, y1]}, boxes in shares of width and height,
@@ -114,8 +114,8 @@ class _Drawn(CrossLoaded):
         images, objects = image_prompts(arguments), len(self._method.regions)
         if images not in (0, objects):
             raise ConfigError(
-                f"autostudio has {objects} objects, and the call has {images} images; pass one image per object, a white one "
-                "for an object without."
+                f"autostudio has {objects} objects, and the call has {images} images; pass one image per object, a "
+                "white one for an object without."
             )
         text = arguments["encoder_hidden_states"]
         self._where = (text.device, text.dtype)

@@ -31,8 +31,8 @@ class BoxDiff(CrossMethod):
     The callback moves the latents for every step but the first. For the published run, which also moves them before the
     first step, set the scheduler's timesteps and pass `latents=handle.start(pipe, noise, encoder_hidden_states=...)`.
     Each guided step costs a forward and a backward pass more, on the conditional prompt alone, and the maps of the
-    layers at 1/32 of the picture's size, tokens times words. Attention that another method made sparse has gradients too.
-    Published for Stable Diffusion 1.x at 512 x 512; other sizes and XL are ours. One picture per prompt.
+    layers at 1/32 of the picture's size, tokens times words. Attention that another method made sparse has gradients
+    too. Published for Stable Diffusion 1.x at 512 x 512; other sizes and XL are ours. One picture per prompt.
 
     Args:
         prompt: the prompt of the call; the pipeline gets the same.
@@ -196,7 +196,7 @@ class _Guiding(CrossLoaded):
                     losses.append(box_loss(planes, boxes, self._method.share, self._method.reach))
                 loss = torch.stack([loss for loss, _ in losses]).sum()
                 (slope,) = torch.autograd.grad(loss, x)
-            worst = max(float(miss) for _, miss in losses)
+            worst = max(float(miss.detach()) for _, miss in losses)
         finally:
             self._book = None
         return (latents - length * slope).detach(), worst

@@ -47,7 +47,7 @@ class CrossMethod(JsonSettings, Method):
     def resolved(self, subject: Subject) -> Self:
         if subject.family != "UNet":
             raise ConfigError(
-                f"{self.name} changes cross-attention of UNets such as SDXL, not of {subject.family}; take another "
+                f"{self.name} changes cross-attention and knows UNets such as SDXL, not {subject.family}; take another "
                 "method for this model."
             )
         return self

@@ -56,7 +56,8 @@ class LPA(CrossMethod):
     Only while the timestep is in a window, in the middle of the run as published. Words are looked up as whole words;
     style words are those between "in" and "style" or "aesthetic" unless they are given. Give the prompt here and the
     same one to the pipeline; calls with another prompt stay as they are, and the report says so. A small, cheap
-    control: its authors measure less than half a per cent. On XL the published routes reach hardly any layer; "sdxl" is ours.
+    control: its authors measure less than half a per cent. On XL the published routes reach hardly any layer; "sdxl"
+    is ours.
 
     Args:
         prompt: the prompt of the call, or one per picture of the batch; the pipeline gets the same.

@@ -118,8 +118,8 @@ class _Named(CrossLoaded):
         images, wanted = image_prompts(arguments), sum(self._method.pictures or ()) or self._names.shape[1]
         if images not in (0, wanted):
             raise ConfigError(
-                f"mip_adapter has {self._names.shape[1]} objects of {wanted} images, and the call has {images} images; pass "
-                "one per object, or say pictures=."
+                f"mip_adapter has {self._names.shape[1]} objects of {wanted} images, and the call has {images} images; "
+                "pass one per object, or say pictures=."
             )
         self._prompted = images > 0
         text = arguments["encoder_hidden_states"]

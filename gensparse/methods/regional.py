@@ -32,11 +32,11 @@ class Regional(CrossMethod):
 
     The pipeline gets the prompt of the whole picture; regions add theirs, wherever they are, in any order and number.
     On UNets (Stable Diffusion 1.5, 2, XL) every picture token attends to the texts of its regions, each with a softmax
-    of its own, and sums them by weight; pooled text and sizes of XL are the whole picture's (attention couple). On FLUX.1
-    and Stable Diffusion 3 texts of regions are extra text, every region's text and picture tokens see each other alone,
-    and part of the result is plain attention to the whole picture's prompt (Regional-Prompting-FLUX). There the picture
-    is one stream also in the single blocks, where the published code carries a second one; Stable Diffusion 3 and the
-    `window` are ours. The unconditional half is plain, but for negative prompts of regions on UNets.
+    of its own, and sums them by weight; pooled text and sizes of XL are the whole picture's (attention couple). On
+    FLUX.1 and Stable Diffusion 3 texts of regions are extra text, every region's text and picture tokens see each other
+    alone, and part of the result is plain attention to the whole picture's prompt (Regional-Prompting-FLUX). There the
+    picture is one stream also in the single blocks, where the published code carries a second one; Stable Diffusion 3
+    and the `window` are ours. The unconditional half is plain, but for negative prompts of regions on UNets.
 
     Args:
         regions: list of {"prompt", "box": [x0, y0, x1, y1] or "mask", "negative", "weight", "subject"}, boxes in shares

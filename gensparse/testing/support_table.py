@@ -334,9 +334,9 @@ def _settings() -> str:
     ]
     sizes = " and ".join("x".join(map(str, grid)) + f" for {kind}s" for kind, grid in GRIDS.items())
     told = (
-        "Methods for several subjects got a reference picture and a generated one in a batch, without guidance. Methods "
-        f"with prompts of their own got two regions or names and the text encoders of a tiny pipeline, {_names(PROMPTED)}; "
-        "they act on cross-attention of UNets, whose layers are counted there."
+        "Methods for several subjects got a reference picture and a generated one in a batch, without guidance. "
+        f"Methods with prompts of their own ({_names(PROMPTED)}) got two regions or names, and the text encoders of a "
+        "tiny pipeline; they act on cross-attention of UNets, whose layers are counted there."
     )
     return f"Methods have their default settings, except {', '.join(texts)}. Grids are {sizes}, in tokens. {told}"
 
