@@ -95,11 +95,9 @@ def go(page: Any, tab: str) -> None:
 
 def field(page: Any, label: str) -> Any:
     """The visible input of that label."""
-    return (
-        page.locator(f'input[aria-label="{label}"]:visible, textarea[aria-label="{label}"]:visible')
-        .or_(page.locator(f'label:visible:has(span:text-is("{label}")) input:visible'))
-        .first
-    )
+    own = f'input[aria-label="{label}"]:visible, textarea[aria-label="{label}"]:visible'
+    inside = f'label:visible:has(span:text-is("{label}"))'
+    return page.locator(f"{own}, {inside} input:visible, {inside} textarea:visible").first
 
 
 def put(page: Any, label: str, value: str) -> None:

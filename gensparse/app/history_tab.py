@@ -14,6 +14,7 @@ from gensparse.errors import ConfigError, GensparseError
 
 EMPTY = "Pictures that you make appear here. They stay until the server ends; the files stay in its output folder."
 EMPTY_SHARED = "Pictures that you make appear here, for this browser alone. Download what you want to keep."
+_NEWEST = '<p class="gs-quiet">This session, newest first. Click a picture to see what made it.</p>'
 _PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 
 
@@ -54,8 +55,8 @@ def _gallery(app: App, back: _Forms) -> None:
     empty = f'<p class="gs-quiet">{EMPTY_SHARED if app.settings.shared else EMPTY}</p>'
     note = gr.HTML(empty)
     gallery = gr.Gallery(
-        label="This session, newest first", columns=4, object_fit="cover", allow_preview=False, interactive=False,
-        height="auto", visible=False, elem_id="gs-history-gallery",
+        label="Pictures of this session", show_label=False, columns=4, object_fit="cover", allow_preview=False,
+        interactive=False, height="auto", visible=False, elem_id="gs-history-gallery",
     )  # fmt: skip
     keys, chosen = gr.State([]), gr.State(None)
     again = gr.Button("Load these settings", variant="primary", visible=False, elem_id="gs-history-load")
@@ -72,7 +73,7 @@ def _gallery(app: App, back: _Forms) -> None:
         except GensparseError as error:
             return [render.error_card(str(error)), gr.skip(), gr.skip()]
         value = gr.update(value=items, visible=bool(items), selected_index=None)
-        return ["" if items else empty, value, [entry.key for entry in found]]
+        return [_NEWEST if items else empty, value, [entry.key for entry in found]]
 
     def select(request: gr.Request, listed: list[str], event: gr.SelectData) -> list[Any]:
         try:
@@ -105,7 +106,7 @@ def _gallery(app: App, back: _Forms) -> None:
 def _from_picture(app: App, back: _Forms) -> None:
     """A picture dropped here fills the form it came from; nothing runs."""
     file = gr.File(
-        label="Take settings from a picture", file_types=_PICTURES, file_count="single", type="filepath", height=110,
+        label="Take settings from a picture", file_types=_PICTURES, file_count="single", type="filepath", height=150,
         elem_id="gs-reload-file",
     )  # fmt: skip
     gr.HTML(
@@ -126,7 +127,7 @@ def _from_picture(app: App, back: _Forms) -> None:
             owner = app.owner(request)
             path = uploads.uploaded(app, value, owner)
             uploads.checked_header(app, path)
-            found = reload(path, models=forms.models_here())
+            found = reload(path, models=forms.models_here(), fields=forms.FIELDS)
             if found.kind not in app.forms:
                 raise ConfigError(f"the picture was made by {found.kind}, which this page has no form for")
         except GensparseError as error:
@@ -149,15 +150,13 @@ def _presets(app: App, back: _Forms) -> None:
     where = "for this browser, on this server" if app.settings.shared else "for you, also for `gensparse --preset`"
     with gr.Accordion("Presets", open=True):
         gr.Markdown(f"The settings of the Generate tab under a name, without prompt and seed. Kept {where}.")
-        with gr.Row():
-            name = gr.Dropdown(
-                [], label="Preset", info="Choose one, or type a new name", allow_custom_value=True, min_width=160,
-                elem_id="gs-preset-name",
-            )  # fmt: skip
-        with gr.Row():
-            loads = gr.Button("Load", size="sm", min_width=80, elem_id="gs-preset-load")
-            saves = gr.Button("Save", size="sm", min_width=80, elem_id="gs-preset-save")
-            deletes = gr.Button("Delete", size="sm", min_width=80, elem_id="gs-preset-delete")
+        with gr.Row(equal_height=True):
+            name = gr.Dropdown([], label="Saved", min_width=150, elem_id="gs-preset-name")
+            loads = gr.Button("Load", size="sm", min_width=70, elem_id="gs-preset-load")
+            deletes = gr.Button("Delete", size="sm", min_width=70, elem_id="gs-preset-delete")
+        with gr.Row(equal_height=True):
+            new = gr.Textbox("", label="Save as", max_lines=1, max_length=64, min_width=150, elem_id="gs-preset-new")
+            saves = gr.Button("Save", size="sm", min_width=70, elem_id="gs-preset-save")
         said = gr.HTML("", elem_id="gs-preset-said")
 
     def listed(request: gr.Request, kept: str | None = None) -> Any:
@@ -196,6 +195,6 @@ def _presets(app: App, back: _Forms) -> None:
             return [render.error_card(str(error)), gr.skip()]
 
     app.items["history"].select(refresh, [name], [name], **QUIET)
-    saves.click(save, [name, *app.forms["generate"].widgets], [said, name], **QUIET)
+    gr.on([saves.click, new.submit], save, [new, *app.forms["generate"].widgets], [said, name], **QUIET)
     loads.click(load, [name], [said, *back.outputs], **QUIET)
     deletes.click(delete, [name], [said, name], **QUIET)

@@ -577,7 +577,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------------------------------- pictures
 def scale_for(grid: Grid) -> int:
     """Pixels of a token, so that a picture or the frames of a clip fit a page."""
-    room = 768 if grid[0] == 1 else 280
+    room = 480 if grid[0] == 1 else 240
     return max(1, min(24, round(room / max(grid[1:]))))
 
 
@@ -695,14 +695,15 @@ def _rows(
         computed = f"{_count(visited * pairs)} ({visited:.2%})"
         out.append(Row("pairs that are computed, in whole tiles", _count(tokens**2), computed, _COUNTED))
     if lists is not None:
-        out.append(Row("lists of tiles, once for all layers", "none", format_bytes(lists), _COUNTED))
+        size = format_bytes(lists) if lists >= 1 << 20 else f"{lists / 1024:.0f} KiB"
+        out.append(Row("lists of tiles, once for all layers", "none", size, _COUNTED))
     if arch is None:
         known = ", ".join(model.key for model in lab_models().values() if model.arch is not None)
         return tuple(out), (f"FLOP, memory and time need the sizes of a model; they are known of {known}.",)
-    size, from_sizes = DTYPE_BYTES[dtype], f"{_DERIVED}, {dtype}"
-    own = format_bytes(4 * tokens * arch.width * size)
+    each, from_sizes = DTYPE_BYTES[dtype], f"{_DERIVED}, {dtype}"
+    own = format_bytes(4 * tokens * arch.width * each)
     out.append(Row("queries, keys, values and output of a layer", own, own, from_sizes))
-    scores = view.model.heads * tokens**2 * size
+    scores = view.model.heads * tokens**2 * each
     kept = format_bytes(scores * (density if visited is None else visited) * pairs / tokens**2)
     out.append(Row("scores of a layer, which fused kernels never store", format_bytes(scores), kept, from_sizes))
     picture = math.prod(view.layout.grid)
@@ -723,7 +724,7 @@ def _rows(
     out.append(Row("time of one call of the model", times[0], times[1], _MEASURED))
     note = (
         f"Measured on {device or 'this machine'} in {dtype}: how fast a linear layer and dense attention of the "
-        "model's width run. Times are derived from it as `gensparse plan` does: work divided by speed. They assume "
+        "model's width run. Times are derived from it as gensparse plan does: work divided by speed. They assume "
         "that sparse attention computes a pair as fast as dense attention; whole tiles, short lists and kernels that "
         "are not tuned for this machine make it slower."
     )

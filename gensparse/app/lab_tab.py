@@ -26,8 +26,9 @@ DEFAULTS = "defaults"
 _FIELDS = max(len(lab.settings_of(name)) for name in (*METHODS, *lab.PATTERNS))
 _CLICK = "Click a token to see who it sees"
 _LEGEND = (
-    '<p class="gs-legend"><span style="--c:#d55e00"></span>the token <span style="--c:#0072b2"></span>sees '
-    '<span style="--c:#009e73"></span>sees, extra key <span style="--c:#e2e5e9"></span>sees not</p>'
+    '<p class="gs-legend">Click a token: <span style="--c:#d55e00"></span>the token '
+    '<span style="--c:#0072b2"></span>sees <span style="--c:#009e73"></span>sees, extra key '
+    '<span style="--c:#e2e5e9"></span>sees not</p>'
 )
 _COPY = "(code) => { navigator.clipboard && navigator.clipboard.writeText(code).catch(() => {}); }"
 
@@ -96,19 +97,19 @@ def tab(app: App) -> None:
             name, about, preset, settings = _what()
             model, size, text, frames, layer, moment = _where()
         with gr.Column(scale=3, min_width=300):
-            picture = gr.Image(
-                label=_CLICK, interactive=False, format="png", buttons=["download", "fullscreen"], height=520,
-                elem_id="gs-lab-picture",
-            )  # fmt: skip
             gr.HTML(_LEGEND)
+            picture = gr.Image(
+                label=_CLICK, show_label=False, interactive=False, format="png", buttons=["download", "fullscreen"],
+                height=560, elem_id="gs-lab-picture",
+            )  # fmt: skip
             status = gr.HTML(elem_id="gs-lab-status")
             group = gr.Radio([], label="Heads", info="This method gives heads different views.", visible=False)
             with gr.Row():
                 query = _query()
-    with gr.Row():
-        use = gr.Button("Use this in Generate", variant="primary", elem_id="gs-lab-use")
-        copy = gr.Button("Copy as Python", elem_id="gs-lab-copy")
-    table = gr.HTML(elem_id="gs-lab-costs")
+            with gr.Row():
+                use = gr.Button("Use this in Generate", variant="primary", min_width=140, elem_id="gs-lab-use")
+                copy = gr.Button("Copy as Python", min_width=140, elem_id="gs-lab-copy")
+            table = gr.HTML(elem_id="gs-lab-costs")
     with gr.Accordion("The same in Python", open=False):
         code = gr.Code(language="python", interactive=False, show_label=False, elem_id="gs-lab-code")
     profile = _profile()
@@ -251,7 +252,12 @@ def _field(name: str, number: int) -> dict[str, Any]:
     if number >= len(known):
         return {"label": "", "info": "", "value": "", "visible": False}
     item = known[number]
-    return {"label": item.label.capitalize(), "info": item.info, "value": item.value, "visible": True}
+    return {
+        "label": item.label.capitalize(),
+        "info": item.info[:1].upper() + item.info[1:],
+        "value": item.value,
+        "visible": True,
+    }
 
 
 def _about(name: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ class Reloaded:
     @property
     def message(self) -> str:
         """One or more lines of plain text for the user."""
-        taken = ", ".join(name.replace("_", " ") for name in self.values) or "nothing"
+        usual = KINDS[self.kind].__dataclass_fields__
+        given = [name for name, value in self.values.items() if value not in (usual[name].default, None, "", [])]
+        taken = ", ".join(name.replace("_", " ") for name in given) or "nothing"
         lines = [f"Taken from the picture{' (another tool made it)' if self.foreign else ''}: {taken}."]
         named = list(self.dropped.items())
         lines += [f"Left out: {plain(name, 40)} ({reason})." for name, reason in named[:_NAMED]]
@@ -62,19 +64,39 @@ class Reloaded:
         return "\n".join(lines)
 
 
-def reload(path: str | Path, *, models: Collection[str] | None = None) -> Reloaded:
+def reload(
+    path: str | Path,
+    *,
+    models: Collection[str] | None = None,
+    fields: Mapping[str, Collection[str]] | None = None,
+) -> Reloaded:
     """Read the settings of a PNG, JPEG, WebP or TIFF.
 
     Args:
         models: names that may be taken over; None for every alias and hub id, never for paths.
+        fields: kind of request -> fields that the page has; None for all of them.
 
     Raises:
         ConfigError: no picture, no settings in it, or more of them than `LIMIT`; file names stand without folders.
     """
     try:
-        return _reload(path, models)
+        return _of_page(_reload(path, models), fields)
     except ConfigError as error:
         raise ConfigError(str(error).replace(str(path), Path(path).name)) from None
+
+
+def _of_page(found: Reloaded, fields: Mapping[str, Collection[str]] | None) -> Reloaded:
+    """Without what the page has no field for; that is named where it is not what a request has anyway."""
+    if fields is None:
+        return found
+    own = fields.get(found.kind, ())
+    usual = KINDS[found.kind].__dataclass_fields__
+    gone = {key: value for key, value in found.values.items() if key not in own}
+    told = [key for key, value in gone.items() if value not in (usual[key].default, None, [], "none", 0)]
+    values = {key: value for key, value in found.values.items() if key in own}
+    return replace(
+        found, values=values, dropped={**found.dropped, **dict.fromkeys(told, "this page has no field for it")}
+    )
 
 
 def _reload(path: str | Path, models: Collection[str] | None) -> Reloaded:

@@ -70,6 +70,7 @@ def attention_choice() -> tuple[gr.Dropdown, gr.Textbox, gr.Markdown]:
     settings = gr.Textbox("", label="Settings", info="key=value, key=value; empty for the defaults", max_length=200)
     about = gr.Markdown(method_words("auto"), elem_classes="gs-quiet")
     method.input(_chosen, method, [settings, about], queue=False, **QUIET)
+    method.change(method_words, method, about, queue=False, **QUIET)  # also when another tab fills it
     return method, settings, about
 
 

@@ -8,6 +8,7 @@ import browser_tools as tools
 import pytest
 from PIL import Image
 
+from gensparse.app.lab import scale_for
 from gensparse.image_io import write_image
 from gensparse.patterns.draw import BARE_TOP, MARGIN
 from gensparse.request import GenerateRequest
@@ -129,7 +130,7 @@ def test_the_lab_draws_what_a_clicked_token_sees(page) -> None:
     status = page.locator("#gs-lab-status")
     status.get_by_text("row 32, column 32 sees").wait_for()  # the middle of 64 x 64 tokens
     page.locator("#gs-lab-costs table").wait_for()
-    scale = 12  # pixels of a token
+    scale = scale_for((1, 64, 64))
     tools.click_pixel(page, picture, MARGIN + 5.5 * scale, BARE_TOP + 9.5 * scale)
     status.get_by_text("row 9, column 5 sees").wait_for()
     tools.put(page, "Radius", "0")
@@ -191,9 +192,7 @@ def test_the_history_keeps_pictures_and_presets(page) -> None:
     page.locator("#gs-generate-run").wait_for()
     tools.until(lambda: page.locator("#gs-generate-prompt textarea").input_value() == "a green square")
     tools.go(page, "History and presets")
-    name = page.locator("#gs-preset-name input")
-    name.fill("small")
-    name.press("Enter")
+    page.locator("#gs-preset-new textarea").or_(page.locator("#gs-preset-new input")).first.fill("small")
     page.locator("#gs-preset-save").click()
     page.locator("#gs-preset-said").get_by_text("Saved small").wait_for()
     page.locator("#gs-preset-load").click()
