@@ -60,6 +60,11 @@ class Schedule(Method):
         """The different methods of the phases, without the dense ones."""
         return tuple(dict.fromkeys(what for _, what in self.phases if isinstance(what, Method)))
 
+    @property
+    def casts(self) -> bool:  # type: ignore[override]
+        """Whether one of the methods takes subjects."""
+        return any(method.casts for method in self.methods)
+
     def active(self, at: At) -> tuple[Method, At] | Dense:
         number = self._number(at)
         what = self.phases[number][1]

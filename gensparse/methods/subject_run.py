@@ -154,6 +154,20 @@ class SubjectRun(Loaded):
     def forget(self) -> None:
         self.bank = None
 
+    def report(self) -> dict[str, Any]:
+        """ "pictures": the batch of this thread's last call; "bank": what is kept of references."""
+        batch, found = self._now.batch, {}
+        if batch is not None:
+            found["pictures"] = {
+                "halves": len(batch.halves),
+                "references": list(batch.names),
+                "banked": batch.banked,
+                "generated": batch.items - batch.references,
+            }
+        if self.bank is not None:
+            found["bank"] = {"references": list(self.bank.names), "bytes": self.bank.bytes}
+        return found
+
     def undo(self) -> None:
         for hook in self.hooks:
             hook.remove()

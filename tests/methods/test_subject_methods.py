@@ -162,9 +162,15 @@ def test_a_bank_gives_what_references_in_the_batch_give(what: Method, subjects: 
                 alone = call(net, rows(inputs(model, count + 1, step), slice(0, count)))
                 torch.testing.assert_close(alone, both[step][:count], rtol=0, atol=2e-5)
         handle.restart()
+        names = list(subjects.names) if subjects is not None else ["reference0"]
+        told = handle.report()
+        assert told["bank"]["references"] == names
+        assert told["bank"]["bytes"] > 0
         for step in steps:
             out = call(net, rows(inputs(model, count + 1, step), slice(count, count + 1)))
             torch.testing.assert_close(out, both[step][count:], rtol=0, atol=2e-5)
+        told = handle.report()["pictures"]
+        assert told == {"halves": 1, "references": names, "banked": True, "generated": 1}
         with pytest.raises(ConfigError, match="holds 2 steps"):
             call(net, rows(inputs(model, count + 1, 2), slice(count, count + 1)))
         handle.forget()
@@ -365,6 +371,16 @@ def load_image_prompt(unet: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ single methods
+def test_a_phase_of_a_schedule_takes_subjects() -> None:
+    net = denoiser("sd15")
+    plain = [call(net, inputs("sd15", 3, step)) for step in (0, 1)]
+    with gensparse.applied(net, "schedule:0=freecustom:weights=2.0;1=dense") as handle:
+        handle.use(TWO)
+        outs = [call(net, inputs("sd15", 3, step)) for step in (0, 1)]
+    assert not torch.allclose(outs[0][2], plain[0][2], atol=1e-3)
+    assert torch.equal(outs[1], plain[1])
+
+
 def test_story_samples_follow_the_seed_and_the_step_and_are_equal_for_all_readers() -> None:
     net = denoiser("sdxl")
     given = inputs("sdxl", 3)
