@@ -46,8 +46,8 @@ def _guidance(resolved: Resolved, request: Request) -> dict[str, Any]:
     acts = uses_negative(info, request.guidance or 0.0)
     if row.negative:
         return {row.guidance: request.guidance, "negative_prompt": request.negative_prompt} if acts else {}
-    # without a negative prompt these pipelines have a default of their own
-    return {row.guidance: request.guidance, **({"negative_prompt": request.negative_prompt or None} if acts else {})}
+    negative = {"negative_prompt": request.negative_prompt or row.unsaid} if acts else {}
+    return {row.guidance: request.guidance, **negative}
 
 
 def vae_tile(tile: str) -> int | str | None:

@@ -39,6 +39,7 @@ class Checkpoint:
         automatic: attention of larger stages when a request leaves it open; None for a window of the native size.
         encoders: weights of the text encoders, where no files tell.
         channels: input channels of denoisers for text to picture; others are refused.
+        unsaid: the negative prompt where none is given; with None pipelines have a default of their own.
         shift: of static noise levels.
         guides: stages in which classifier-free guidance acts: "all", or "native".
         cascade: fields of `CascadeSettings` in which its cascade differs from the defaults.
@@ -67,6 +68,7 @@ class Checkpoint:
     needs: tuple[str, ...] = ()
     automatic: str | None = None
     channels: tuple[int, ...] = ()
+    unsaid: str | None = None
     shift: float = 1.0
     guides: str = "all"
     cascade: Mapping[str, Any] = field(default_factory=dict)
@@ -239,6 +241,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             },
             automatic="auto",
             channels=(4,),
+            unsaid="",
         ),
     )
 }
