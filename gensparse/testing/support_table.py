@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import gensparse
@@ -24,6 +24,7 @@ from gensparse.methods import METHODS, Method, as_method
 from gensparse.subjects.cast import Concept, Subjects
 from gensparse.subjects.read_masks import box_mask
 from gensparse.testing.tiny import IMAGES, TINY, VIDEOS, tiny_denoiser, tiny_inputs, tiny_pipeline
+from gensparse.testing.tiny.adapters import image_embeds, load_image_adapter
 
 COMMAND = "python -P -m gensparse.testing.support_table docs/models.md"
 
@@ -64,6 +65,9 @@ PAIRED = frozenset({"wan22"})
 
 FITTED: Mapping[tuple[str, str], Mapping[str, Any]] = {("cosmos", "cosmos_sparse"): {"num_layers": 28}}
 """(model, method) -> options of the tiny denoiser, where a method is made for one size of a model."""
+
+UNETS = frozenset({"sd15", "sdxl"})
+"""Models that take image prompts by their names, and whose latents a method may move."""
 
 ENCODING = frozenset({"flux", "flux_kontext", "sd15", "sdxl", "sd3", "sd35"})
 """Models whose prompts such methods encode; they refuse the others before that."""
@@ -152,6 +156,8 @@ class Prompted(Subject):
         pipe = tiny_pipeline(name)
         self.encode_prompt, self.tokenizer = pipe.encode_prompt, getattr(pipe, "tokenizer", None)
         super().__init__(name, **options)
+        self.scheduler = DDIMScheduler() if name in UNETS else self.scheduler
+        self.scheduler.set_timesteps(STEPS)
 
     def arguments(self) -> dict[str, Any]:
         known = {"prompt": _PROMPT, "prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1}
@@ -162,6 +168,15 @@ class Prompted(Subject):
         inputs = tiny_inputs(self.name, GRIDS[self.kind], text=text.shape[1])
         own = inputs["encoder_hidden_states"]
         return {**inputs, "encoder_hidden_states": text.to(own.dtype).expand_as(own)}
+
+
+class ImagePrompted(Prompted):
+    """With an image-prompt adapter too, and two images."""
+
+    def arguments(self) -> dict[str, Any]:
+        load_image_adapter(self.transformer)
+        inputs = super().arguments()
+        return {**inputs, "added_cond_kwargs": {**inputs.get("added_cond_kwargs", {}), "image_embeds": image_embeds(2)}}
 
 
 def measure(names: Sequence[str] = tuple(TINY)) -> list[Measured]:
@@ -179,7 +194,8 @@ def _measure(name: str) -> Measured:
         if key in PROMPTED:
             method = as_method({"method": key, **PROMPTED[key]})
             prompted = prompted or (Prompted(name) if name in ENCODING else subject)
-            outcomes[key] = outcome(prompted, method)
+            with_images = key == "mip_adapter" and name in UNETS
+            outcomes[key] = outcome(ImagePrompted(name) if with_images else prompted, method)
             continue
         outcomes[key] = outcome(subject if fitted is None else Subject(name, **fitted), method)
     return Measured(name, subject.model_class, _roles(subject), outcomes)
@@ -217,6 +233,9 @@ def _run(subject: Subject, method: Method, handle: Any) -> Outcome:
         handle.record(**tiny_inputs(subject.name, (frames, height // ratio, width // ratio)))
     for step in range(STEPS if method.timed else 1):
         finite = bool(torch.isfinite(subject.run(step)).all())
+        if method.name == "boxdiff":  # acts between steps
+            rest = {key: value for key, value in subject.inputs.items() if key not in ("sample", "timestep")}
+            finite = finite and bool(handle.start(subject, subject.inputs["sample"], **rest).isfinite().all())
         report = handle.report()
         sites = report["sparse"] + sum(report["dense"].values())
         reasons = tuple(subject.general(reason, method) for reason in report["dense"])

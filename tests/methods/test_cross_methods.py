@@ -34,6 +34,7 @@ from gensparse.methods.describe import method_text
 from gensparse.subjects.areas import Mask, Regions
 from gensparse.subjects.calibration import calibration_loss
 from gensparse.testing.tiny import tiny_inputs, tiny_pipeline
+from gensparse.testing.tiny.adapters import image_adapter, image_embeds, load_image_adapter
 
 PROMPT = "a red car and a white sheep in ink style"
 LEFT = {"prompt": "a red car", "box": [0, 0, 0.5, 1]}
@@ -258,27 +259,8 @@ def test_several_pictures_per_prompt(sd15: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- image prompts
-def adapter_weights(model: Any, tokens: int = 4) -> dict[str, Any]:
-    """Weights of an IP-Adapter and of `text_to_weight`, as a MIP-Adapter checkpoint has them."""
-    generator = torch.Generator().manual_seed(3)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.3
-
-    layers, context = {}, model.config.cross_attention_dim
-    for number, name in enumerate(model.attn_processors):
-        if name.endswith("attn2.processor"):
-            width = model.get_submodule(name.removesuffix(".processor")).to_q.out_features
-            for key in ("to_k_ip", "to_v_ip"):
-                layers[f"{number}.{key}.weight"] = noise(width, context)
-            layers[f"{number}.text_to_weight.weight"] = noise(1, width)
-    projection = {"proj.weight": noise(tokens * context, 8), "proj.bias": noise(tokens * context)}
-    projection |= {"norm.weight": noise(context) + 1, "norm.bias": noise(context)}
-    return {"image_proj": projection, "ip_adapter": layers}
-
-
 def load(pipe: Any) -> None:
-    pipe.unet._load_ip_adapter_weights([adapter_weights(pipe.unet)], low_cpu_mem_usage=False)
+    load_image_adapter(pipe.unet)
 
 
 @pytest.fixture
@@ -288,7 +270,7 @@ def prompted(sd15: Any) -> Any:
 
 
 def images(count: int, rows: int = 2) -> list[Tensor]:
-    noise = torch.randn(rows, count, 8, generator=torch.Generator().manual_seed(5))
+    (noise,) = image_embeds(count, rows)
     noise[0] = 0  # the unconditional half
     return [noise]
 
@@ -331,7 +313,7 @@ def test_image_prompts_keep_their_weights_scales_and_masks(prompted: Any, first:
 
 
 def test_mip_adapter_reads_the_weight_that_diffusers_drops(prompted: Any, tmp_path: Path) -> None:
-    weights = adapter_weights(prompted.unet)
+    weights = image_adapter(prompted.unet)
     flat = {f"{part}.{name}": value for part, values in weights.items() for name, value in values.items()}
     file = tmp_path / "model_sdxl.safetensors"
     save_file(flat, file)
