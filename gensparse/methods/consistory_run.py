@@ -165,8 +165,12 @@ class ConsiStoryRun(SubjectRun):
         for place in range(len(batch.halves)):
             seen = [Seen(x.k, x.v) for x in self.keys_of(site, batch, place, k, v, layout)]
             for item in range(batch.items):
-                views.append(View(tuple(x for n, x in enumerate(seen) if batch.banked or n != item)))
+                views.append(View(tuple(x for n, x in enumerate(seen) if batch.banked or self.sees(item, n))))
         return views
+
+    def sees(self, picture: int, anchor: int) -> bool:
+        """Whether a picture of the batch sees the subject's tokens of an anchor: of all but itself."""
+        return picture != anchor
 
     # -------------------------------------------------------------------------------------------------------- hooks
     def _rows(self, batch: Batch) -> slice | None:

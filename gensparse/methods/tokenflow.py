@@ -88,6 +88,11 @@ class TokenFlow(SubjectMethod):
         object.__setattr__(self, "inject_layers", str(self.inject_layers))
 
     def resolved(self, subject: Subject) -> Self:
+        if not self.knows(subject.family):
+            raise ConfigError(
+                f"{self.name} lets frames see each other and knows {', '.join(self.families)} and models of clips, not "
+                f"{subject.family}; take a model of these."
+            )
         settled = super().resolved(subject)
         if self.source and subject.family != "UNet":
             raise ConfigError(f"{self.name} source=True needs a UNet that draws frame by frame, not {subject.family}.")

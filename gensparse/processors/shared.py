@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gensparse.attention import sparse_attention
 from gensparse.errors import LayoutMismatchError
@@ -105,7 +106,7 @@ def attend_views(
         return _attend(q, k, v, calls[0], layout, scale, key_bias)
     out = torch.empty_like(q) if plain is None else plain.clone()
     for call in calls:
-        out[list(call.rows)] = _attend(q, k, v, call, layout, scale, key_bias)
+        out[_rows(call.rows)] = _attend(q, k, v, call, layout, scale, key_bias)
     for row in blended:
         assert plain is not None, "blended with it"
         out[row] = torch.lerp(plain[row], out[row], _weight(views[row]))
@@ -172,12 +173,11 @@ def attend_all(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, call: SharedCall, layout: Layout, scale: float | None, key_bias: Tensor | None
 ) -> Tensor:
-    rows = list(call.rows)
-    every = rows == list(range(len(q)))
-    q, k, v = (x if every else x[rows] for x in (q, k, v))
+    rows = _rows(call.rows)
+    q, k, v = (x[rows] for x in (q, k, v))
     bias = call.bias
     if key_bias is not None:
-        own = key_bias if key_bias.shape[0] == 1 or every else key_bias[rows]
+        own = key_bias if key_bias.shape[0] == 1 else key_bias[rows]
         extra = layout.tokens + sum(pair[0].shape[1] for pair in call.sources.values())
         bias = q.new_zeros(1, 1, extra, dtype=torch.float32) if bias is None else bias
         batch, heads = (max(a, b) for a, b in zip(own.shape[:2], bias.shape[:2], strict=True))
@@ -225,14 +225,17 @@ def _call(members: Sequence[tuple[int, View]], layout: Layout, like: Tensor, mul
     rows, first = tuple(row for row, _ in members), members[0][1]
     data: dict[str, np.ndarray] = {}
     sources: dict[str, tuple[Tensor, Tensor]] = {}
-    references, biases = [], [torch.zeros(len(rows), layout.tokens)]
+    references, biases = [], [torch.zeros(len(rows), layout.tokens, device=like.device)]
+    biased = False  # known without waiting for the device
     for number, mask in enumerate(_masks(first)):
         name = f"seen{number}"
         runs = [[item for item in view.seen if _mask(item) == mask] for _, view in members]
         length = max(sum(len(item.k) for item in run) for run in runs)
         length = -(-length // multiple) * multiple
         sources[name] = _padded(runs, length)
-        biases.append(torch.stack([_bias_of(run, length) for run in runs]))
+        biases.append(torch.stack([_bias_of(run, length, like.device) for run in runs]))
+        biased |= any(item.bias for run in runs for item in run)
+        biased |= any(sum(len(item.k) for item in run) < length for run in runs)
         if mask:
             data[f"queries{number}"] = np.frombuffer(mask, bool)
         references.append(Reference(name, length=length, queries=f"queries{number}" if mask else ""))
@@ -244,8 +247,7 @@ def _call(members: Sequence[tuple[int, View]], layout: Layout, like: Tensor, mul
         shown = References(tuple(references))
         pattern = shown if pattern is None else pattern | shown
     assert pattern is not None, "a view that sees nothing was left out"
-    bias = torch.cat(biases, 1)
-    return SharedCall(rows, pattern, data, sources, bias[:, None].to(like.device) if bool(bias.any()) else None)
+    return SharedCall(rows, pattern, data, sources, torch.cat(biases, 1)[:, None] if biased else None)
 
 
 def _own_pattern(kinds: Iterable[str], view: View) -> Pattern | None:
@@ -264,21 +266,24 @@ def _pairs(kinds: Iterable[str], *, own: bool) -> tuple[tuple[str, str], ...]:
 
 def _padded(runs: Sequence[Sequence[Seen]], length: int) -> tuple[Tensor, Tensor]:
     """Keys and values [rows, length, H, D] of several runs, zeros behind the shorter ones."""
-    like = runs[0][0].k
-    pair = tuple(like.new_zeros(len(runs), length, *like.shape[1:]) for _ in range(2))
-    for row, run in enumerate(runs):
-        place = 0
-        for item in run:
-            end = place + len(item.k)
-            pair[0][row, place:end], pair[1][row, place:end] = item.k, item.v
-            place = end
-    return pair[0], pair[1]
+    keys, values = ([_joined([item[part] for item in run], length) for run in runs] for part in range(2))
+    return torch.stack(keys), torch.stack(values)
 
 
-def _bias_of(run: Sequence[Seen], length: int) -> Tensor:
-    parts = [torch.full((len(item.k),), float(item.bias)) for item in run]
-    bias = torch.cat(parts)
-    return torch.nn.functional.pad(bias, (0, length - len(bias)), value=float("-inf"))
+def _joined(parts: Sequence[Tensor], length: int) -> Tensor:
+    x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return x if len(x) == length else F.pad(x, (0, 0, 0, 0, 0, length - len(x)))
+
+
+def _bias_of(run: Sequence[Seen], length: int, device: torch.device) -> Tensor:
+    bias = torch.cat([torch.full((len(item.k),), float(item.bias), device=device) for item in run])
+    return F.pad(bias, (0, length - len(bias)), value=float("-inf"))
+
+
+def _rows(rows: Sequence[int]) -> slice | list[int]:
+    """Numbers of pictures as an index: a slice where they follow each other, which copies nothing."""
+    first, last = rows[0], rows[-1] + 1
+    return slice(first, last) if last - first == len(rows) else list(rows)
 
 
 def target_part(layout: Layout) -> slice:
