@@ -19,8 +19,8 @@ import torch
 from gensparse.errors import ConfigError
 from gensparse.highres.resample import keys_kernel
 
-EDGE_PASSES = 10
-TONE_PASSES = 4
+EDGE_PASSES = 4
+TONE_PASSES = 3
 FLAT = 1.0  # levels per pixel of slope that count as no edge
 STRIP_PIXELS = 1 << 20
 ROUNDING = 0.5  # levels: closer than that, the given picture does not say more
