@@ -129,6 +129,11 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
         steps: int | None = None,
         highres: str | FluxWay = "cascade",
     ) -> list[Stage]:
+        """The stages a call with these arguments runs.
+
+        Raises:
+            ConfigError: a side that is no multiple of `token_size` pixels, or another `highres`.
+        """
         way = self._way(highres)
         if way is None:
             return super().plan(height, width, steps, highres)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from gensparse.errors import ConfigError
 from gensparse.highres.resample import resize
 from gensparse.highres.stages import Stage, StageResult, check_size, stage_sizes
+from gensparse.highres.ways import parse_way
 from gensparse.methods import Clear, Method, ScaleDiT, as_method
 from gensparse.pipelines.way import Attention
 
@@ -40,6 +41,11 @@ class FluxWay:
     """The position rule that "auto" stands for in larger stages."""
     proportional: ClassVar[bool] = True
     """Whether that rule brings proportional attention."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """From the settings that `gensparse.highres.ways` reads."""
+        return cls(**settings)
 
     def plan(self, size: Size, native: Size, multiple: int, steps: int) -> list[Stage]:
         """Stages up to `size` in pixels, native one first; sides are multiples of `multiple`."""
@@ -98,6 +104,13 @@ class ClearStages(FluxWay):
         _check_share("clear", "strength", self.strength)
         _check_positive("clear", "shift", self.shift)
         _check_positive("clear", "guidance_factor", self.guidance_factor)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        own = dict(settings)
+        if "radius" in own:
+            own["method"] = replace(cls().method, radius=own.pop("radius"))
+        return cls(**own)
 
     def plan(self, size: Size, native: Size, multiple: int, steps: int) -> list[Stage]:
         first, *larger = stage_sizes(*size, native, multiple=multiple)
@@ -217,10 +230,15 @@ WAYS: Mapping[str, type[FluxWay]] = {way.name: way for way in (ClearStages, Scal
 
 
 def as_flux_way(highres: Any) -> FluxWay | None:
-    """The way that `highres` is or names; None for anything else."""
+    """The way that `highres` is or names, such as "clear:shift=2" (`gensparse.highres.ways`); None for anything else.
+
+    Raises:
+        ConfigError: a setting that the way does not have.
+    """
     if isinstance(highres, FluxWay):
         return highres
-    return WAYS[highres]() if isinstance(highres, str) and highres in WAYS else None
+    name = highres.partition(":")[0].strip() if isinstance(highres, str) else ""
+    return WAYS[name].of(parse_way(highres).settings) if name in WAYS else None
 
 
 def low_grid(grid: Size, ratio: int) -> Size:

@@ -1,7 +1,6 @@
 """How a size is reached: the way that was asked for, its stages, and what the pipeline is told about it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gensparse.engine.values import Resolved
@@ -101,12 +100,9 @@ def _flow_stages(resolved: Resolved, asked: Asked) -> list["Stage"]:
 
 def procedure(asked: Asked) -> Any:
     """A way of FLUX that is a value of its own."""
-    from gensparse.pipelines.flux_ways import WAYS as PROCEDURES
+    from gensparse.pipelines.flux_ways import as_flux_way
 
-    own = dict(asked.settings)
-    if "radius" in own:
-        own["method"] = replace(PROCEDURES[asked.name]().method, radius=own.pop("radius"))
-    return PROCEDURES[asked.name](**own)
+    return as_flux_way(asked.text)
 
 
 def cascade_settings(info: ModelInfo, given: Mapping[str, Any]) -> Any:

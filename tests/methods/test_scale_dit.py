@@ -271,8 +271,11 @@ def test_bank_counts_its_memory_and_can_keep_it_elsewhere(model: Any, inputs: di
     handle.record(keep_on="cpu", **low_call(inputs))
     (attachment,) = handle._attachments
     assert attachment.bank.bytes == 4 * 2 * (2 * 6 * 32) * 4
+    facts = {"tokens": 6, "grid": [3, 2], "bytes": attachment.bank.bytes}
+    assert handle.report()["recorded"] == {"anchors": facts}
     handle.remove()
     assert attachment.bank.bytes == 0
+    assert "recorded" not in handle.report()
     bank = Bank("meta")
     bank.keep("joint", "a", Layout.image(2, 3).segments[0], torch.ones(1, 6, 2, 4), torch.ones(1, 6, 2, 4))
     assert bank.sources("a")[""][0].device.type == "meta"

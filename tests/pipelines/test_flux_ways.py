@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 
 import gensparse
 from gensparse.errors import ConfigError
+from gensparse.highres.rope import PositionTable
 from gensparse.highres.stages import Stage
 from gensparse.methods import Clear, ScaleDiT
-from gensparse.pipelines import ClearStages, ScaleDiTStages
+from gensparse.pipelines import ClearStages, FluxHighresPipeline, ScaleDiTStages
+from gensparse.pipelines.flux_ways import as_flux_way
 
 SMALL = ScaleDiT(window=4)
 
@@ -331,3 +333,31 @@ def test_wrong_settings_are_refused_before_the_first_step(pipe, call, wrong, mat
 def test_bad_settings_are_refused(make, match):
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+def test_settings_come_as_text_too(pipe):
+    assert as_flux_way("clear:shift=2,strength=0.5") == ClearStages(shift=2.0, strength=0.5)
+    assert as_flux_way("clear:radius=8").method == Clear(8, proportional=True)
+    assert as_flux_way(" scale_dit : ratio = 2") == ScaleDiTStages(ratio=2)
+    assert as_flux_way("cascade") is as_flux_way(None) is as_flux_way("magic:ratio=2") is None
+    assert pipe.plan(128, 128, highres="scale_dit:ratio=2")[0].height == 64
+    with pytest.raises(ConfigError, match="shape"):
+        as_flux_way("clear:shape=2")
+
+
+def test_anchors_of_models_that_interpolate_lie_where_their_tokens_do(stock, call):
+    """An anchor stands at the first of its target tokens, whatever rule places these."""
+    grid, low, ratio = (16, 12), (8, 6), 2
+    table = PositionTable((4, 4, 8), 10000, grid, 8, rule="interpolate", native_grid=low)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(12.0))
+    anchors = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(6.0)) * ratio
+    cos, _ = table(torch.cat([torch.zeros(3, 3), ids]))
+    table.image_tokens = 8 * 6
+    own, _ = table(torch.cat([torch.zeros(1, 3), anchors]))
+    expected = cos[3:].unflatten(0, grid)[::ratio, ::ratio].flatten(0, 1)
+    torch.testing.assert_close(own[1:], expected)
+    pipe = FluxHighresPipeline(**stock.components, gensparse_config={"position_ids": "centre-aligned scene units"})
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(**call(height=64, width=48, highres="scale_dit")).images
+    assert torch.isfinite(images).all()
+    assert pipe.attention_report[1]["recorded"]["anchors"]["tokens"] == 48
