@@ -28,10 +28,7 @@ if __name__ == "__main__":
     else:
         pipe, size, steps = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16), options.size, 30
         pipe.enable_model_cpu_offload()
-    sides = [
-        {"prompt": "a cat", "box": [0, 0.2, 0.5, 1]},
-        {"prompt": "a dog", "box": [0.5, 0.2, 1, 1], "negative": "cat"},
-    ]
+    sides = [{"prompt": "a cat", "box": [0, 0.2, 0.5, 1]}, {"prompt": "a dog", "box": [0.5, 0.2, 1, 1]}]
     regions = Regional(options.layout or sides)
     joint = hasattr(pipe, "transformer")  # text and picture in one sequence: the regions are its pattern
     with gensparse.applied(pipe, regions if joint else Together(("sliding_window:radius=32", regions))) as handle:

@@ -50,6 +50,7 @@ class CrossMethod(JsonSettings, Method):
                 f"{self.name} changes cross-attention and knows UNets such as SDXL, not {subject.family}; take another "
                 "method for this model."
             )
+        reads_text(self.name, subject)
         return self
 
 
@@ -91,6 +92,17 @@ class CrossLoaded(Loaded):
 
     def undo(self) -> None:
         self._made.clear()
+
+
+def reads_text(method: str, subject: Subject) -> None:
+    """ConfigError for a UNet that does not read encodings as they are: one that projects them, or reads pictures."""
+    model = subject.model
+    kind = model.config.get("encoder_hid_dim_type")
+    if kind not in (None, "ip_image_proj") or getattr(model, "text_encoder_hid_proj", None) is not None:
+        raise ConfigError(
+            f"{method} encodes prompts for cross-attention, and this {type(model).__name__} puts them through a layer "
+            f"of its own first ({kind}, as Kolors and Kandinsky do); take a model such as SDXL."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ encodings

@@ -10,7 +10,7 @@ from gensparse.errors import ConfigError
 from gensparse.layout import Layout, Segment
 from gensparse.methods.base import START, At, Dense, Loaded, Place, Subject
 from gensparse.methods.checks import whole
-from gensparse.methods.cross_method import CrossLoaded, CrossMethod, encoded
+from gensparse.methods.cross_method import CrossLoaded, CrossMethod, encoded, reads_text
 from gensparse.methods.steps import check_first_steps, first_steps
 from gensparse.patterns import Pattern
 from gensparse.subjects.areas import Regions
@@ -40,7 +40,7 @@ class Regional(CrossMethod):
 
     Args:
         regions: list of {"prompt", "box": [x0, y0, x1, y1] or "mask", "negative", "weight", "subject"}, boxes in shares
-            of width and height, or the path of a layout file with it.
+            of width and height, or the path of a layout file with it. "negative" and "weight" count on UNets.
         base_weight: share of the whole picture's prompt. On UNets its weight beside those of the regions, before they
             are divided by their sum; with 0 it only fills what no region covers. On joint models the share of plain
             attention.
@@ -108,6 +108,13 @@ class Regional(CrossMethod):
         if subject.family not in FAMILIES:
             raise ConfigError(
                 f"regional knows {', '.join(FAMILIES)}, not {subject.family}; take another method for this model."
+            )
+        if subject.family == "UNet":
+            reads_text(self.name, subject)
+        elif any(item.negative is not None for item in self.regions or ()):
+            raise ConfigError(
+                f"Negative prompts of regions act in cross-attention of UNets, and {type(subject.model).__name__} has "
+                "none; leave 'negative' out."
             )
         if self.window is not None and subject.family != "FLUX.1":
             raise ConfigError(

@@ -560,6 +560,11 @@ def test_what_a_model_cannot_do_is_named(sd15: Any) -> None:
         with pytest.raises(ConfigError, match=message):
             gensparse.apply(sd15.unet, method)
     assert not sd15.unet._forward_pre_hooks
+    kolors = copy.deepcopy(sd15)
+    kolors.unet.register_to_config(encoder_hid_dim_type="text_proj")
+    for method in (LPA(PROMPT), Regional(regions=[LEFT])):
+        with pytest.raises(ConfigError, match="as Kolors and Kandinsky do"):
+            gensparse.apply(kolors, method)
     flux = tiny_pipeline("flux")
     with pytest.raises(ConfigError, match=r"knows UNets such as SDXL, not FLUX\.1"):
         gensparse.apply(flux, LPA(PROMPT))

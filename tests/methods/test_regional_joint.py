@@ -174,6 +174,8 @@ def test_together_on_a_joint_model_regions_are_the_method_of_the_sequence(flux: 
 def test_what_a_model_cannot_do_is_named(pipes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"joint attention of FLUX\.1"):
         gensparse.apply(pipes["sd3"], regional(LEFT, window="clear"))
+    with pytest.raises(ConfigError, match="leave 'negative' out"):
+        gensparse.apply(pipes["flux"], regional({**LEFT, "negative": "a dog"}))
     with pytest.raises(ConfigError, match="take another method"):
         gensparse.apply(tiny_pipeline("pixart"), regional(LEFT))
 
