@@ -219,3 +219,29 @@ def test_calls_of_image_prompts_and_outside_are_left_to_the_model():
     assert composer(call_of(2, (2, 2), WORDS + 3)) is None
     with pytest.raises(ConfigError, match=r"is 1\.5"):
         Composer(1.5)
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart"])
+def test_in_a_model_a_regions_prompt_reaches_the_tokens_of_its_region_alone(name):
+    """Outputs of the first cross-attention layer, behind its projections and image embedding."""
+    model, grid = tiny_denoiser(name), (8, 10)
+    inputs = tiny_inputs(name, (1, *grid), text=WORDS)
+    texts = torch.randn(2, sum(LENGTHS), inputs["encoder_hidden_states"].shape[-1])
+    masks, seen = boxes(*grid)[0], []
+    first = next(module for path, module in model.named_modules() if path.endswith("attn2"))
+    hook = first.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    composer, scene = Composer(0.5), Scene((ViewTexts((0, 1, 0, 1), masks),), 1, WORDS, LENGTHS)
+    with text_attention(model, composer), composer.composing(scene):
+        for change in (0.0, 1.0):
+            own = texts.clone()
+            own[:, LENGTHS[0] : 2 * LENGTHS[0]] += change * texts.roll(1, 1)[:, : LENGTHS[0]]
+            call = {**inputs, "encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], own], 1)}
+            if name == "pixart":
+                call["encoder_attention_mask"] = torch.ones(2, WORDS + sum(LENGTHS))
+            output(model, call)
+    hook.remove()
+    before, after = (out.reshape(2, grid[0] * grid[1], -1) for out in seen[:: len(seen) // 2])
+    inside = masks[1].flatten()
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1, ~inside], after[1, ~inside])
+    assert ((before - after)[1, inside].abs().amax(-1) > 1e-5).all()
