@@ -234,3 +234,23 @@ def test_hub_model_with_pickles_is_refused_before_any_download(
         with pytest.raises(ModelError, match="pickle"):
             resolve("owner/model")
     assert not [line for line in log if ".bin" in line]
+
+
+@pytest.mark.parametrize("variant", ["fp16", None])
+def test_download_takes_one_set_of_weights(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str | None
+) -> None:
+    """The variant's files where a part has them; without a name, those of a part that has nothing else."""
+    folder = make_folder(tmp_path / "m")
+    (folder / "vae" / "model.fp16.safetensors").write_bytes(b"")
+    if variant is None:
+        (folder / "vae" / "model.safetensors").unlink()
+    with serve(folder) as (endpoint, _):
+        use_hub(monkeypatch, endpoint)
+        ref = resolve("owner/model", variant=variant)
+    assert ref.folder is not None
+    assert ref.variant == "fp16"
+    got = {p.relative_to(ref.folder).as_posix() for p in ref.folder.rglob("*.safetensors")}
+    assert "vae/model.fp16.safetensors" in got
+    assert "transformer/model.safetensors" in got
+    assert "vae/model.safetensors" not in got

@@ -219,3 +219,18 @@ def test_the_gate_writes_its_table_and_fails_when_a_build_does(
     assert [row["verdict"][:16] for row in rows] == ["pass", "does not compile"]
     assert int(rows[0]["registers"]) > 8
     assert all(row["triton"] and row["arch"] == "sm_90" for row in rows)
+
+
+def test_quality_measures_baselines_without_a_model(cli, workdir) -> None:
+    flags = ("bench", "quality", "--out", "run", "--size", "native", "--limit", "1", "--baselines")
+    ran = cli(*flags)
+    assert ran.code == 0, ran.err
+    assert "| native | rendering | 1 |" in ran.out
+    again = cli(*flags, "--json")
+    assert json.loads(again.out)["tables"] == "run/quality.md"
+    assert "right" not in again.err  # nothing was measured again
+
+
+@pytest.mark.parametrize("flag", [("--size", "77"), ("--contender", "claer"), ("--dtype", "fp8"), ("--limit", "0")])
+def test_quality_refuses_what_it_does_not_know(cli, workdir, flag: tuple) -> None:
+    assert cli("bench", "quality", "--out", "run", *flag).code == 2
