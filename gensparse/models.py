@@ -78,6 +78,7 @@ _STABILITY = "Stability AI Community License"
 _FLUX_DEV = "FLUX.1 [dev] Non-Commercial License"
 _DISTILLED = Architecture(guidance_embeds=False)
 
+
 def _published(alias: str, family: str, hub_id: str | None, licence: str, summary: str, **facts: Any) -> ModelInfo:
     """An entry whose sizes follow from the published config of its denoiser."""
     row, config = CHECKPOINTS[family], PUBLISHED[alias]

@@ -1,7 +1,6 @@
 """From flags to a request: a file or preset to start from, then what was typed."""
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
