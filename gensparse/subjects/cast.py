@@ -127,8 +127,16 @@ def encode_picture(pipe: Any, picture: Any, height: int, width: int) -> Tensor:
         raise ConfigError(f"{type(pipe).__name__} has no vae and image_processor; encode the picture on your own.")
     pixels = processor.preprocess(picture, height=height, width=width)
     parameter = next(vae.parameters())
-    with torch.no_grad():
-        latents = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mode()
+    device, dtype = getattr(pipe, "_execution_device", parameter.device), parameter.dtype
+    wide = dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))  # SDXL's overflows in fp16
+    try:
+        if wide:
+            vae.to(torch.float32)
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(device, torch.float32 if wide else dtype)).latent_dist.mode()
+    finally:
+        if wide:
+            vae.to(dtype)
     latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
     return pack(latents)[0] if hasattr(pipe, "_pack_latents") else latents[0]
 

@@ -744,6 +744,22 @@ def test_words_are_found_in_prompts() -> None:
     assert token_places(pipe.tokenizer, prompt, "") == ()
 
 
+def test_half_precision_autoencoders_that_overflow_encode_in_full_precision() -> None:
+    pipe, picture = pipeline("sd15"), torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    full = encode_picture(pipe, picture, 32, 48)
+    assert full.shape == (4, 16, 24)
+    assert pipe.vae.config.force_upcast
+    pipe.vae.half()
+    weights = [x.clone() for x in pipe.vae.parameters()]
+    half = encode_picture(pipe, picture, 32, 48)
+    torch.testing.assert_close(half.float(), full, rtol=0, atol=2e-2)
+    assert all(
+        torch.equal(a, b) and b.dtype == torch.float16 for a, b in zip(weights, pipe.vae.parameters(), strict=True)
+    )
+    with pytest.raises(ConfigError, match="has no vae"):
+        encode_picture(nn.Module(), picture, 32, 48)
+
+
 def test_packing_is_that_of_flux() -> None:
     from diffusers import FluxPipeline
 
