@@ -132,6 +132,9 @@ class Sessions:
                 self._last.pop(owner, None)
             for root in (self.root, self.scratch):
                 shutil.rmtree(root / name, ignore_errors=True)
+        with self._lock:  # what nobody asks for any more
+            self._uploads = {name: who for name, who in self._uploads.items() if (self.scratch / name).exists()}
+            self._last = {owner: at for owner, at in self._last.items() if time.monotonic() - at <= older_than}
         return len(gone)
 
     def forget_all(self) -> None:

@@ -33,12 +33,15 @@ SOON = 120.0
 GRACE = 4.0  # seconds: more than a look at a job takes on a busy machine
 QUEUE = 6
 START = """
-import sys
+import signal, sys, threading
 from pathlib import Path
 from gensparse.app import Limits, Settings, serve
 
 port, folder, grace, queue = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
-serve(Settings(port=port, output_dir=folder, grace=grace, limits=Limits(side=1024, queue=queue, per_session=99)))
+limits = Limits(side=1024, queue=queue, per_session=99)
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+serve(Settings(port=port, output_dir=folder, grace=grace, limits=limits), stop=stop)
 """
 
 
@@ -152,7 +155,10 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
         self.log.close()
 
 
