@@ -126,9 +126,15 @@ def progress(page: Any, name: str = "generate") -> int | None:
     return int(bar.first.get_attribute("aria-valuenow")) if bar.count() else None
 
 
+def start(page: Any, name: str = "generate") -> None:
+    """Press the button of a tab; pictures that are there from before do not count as its result."""
+    page.locator("gs-viewer").evaluate_all("all => all.forEach(one => one.setAttribute('data-before', ''))")
+    page.locator(f"#gs-{name}-run").click()
+
+
 def done(page: Any, name: str = "generate") -> None:
-    """Wait for a finished picture in the viewer."""
-    picture = page.locator(f"#gs-{name}-result gs-viewer .gs-stage img").first
+    """Wait for a new finished picture in the viewer."""
+    picture = page.locator(f"#gs-{name}-result gs-viewer:not([data-before]) .gs-stage img").first
     picture.wait_for(timeout=WAIT)
     page.wait_for_function("img => img.complete && img.naturalWidth > 0", arg=picture.element_handle(), timeout=WAIT)
 

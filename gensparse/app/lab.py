@@ -712,9 +712,9 @@ def _rows(
         estimate(arch, [part], n_text=tokens - picture, dtype=dtype, rates=rates).stages[0]
         for part in (shape, replace(shape, attention=view.attention or "pattern", density=density))
     ]
-    flops = [f"{stage.attention_flops / 1e12:.3g} TFLOP" for stage in both]
+    flops = [_work(stage.attention_flops) for stage in both]
     out.append(Row("work of attention, all layers", flops[0], flops[1], _DERIVED))
-    total = [f"{(stage.linear_flops + stage.attention_flops) / 1e12:.3g} TFLOP" for stage in both]
+    total = [_work(stage.linear_flops + stage.attention_flops) for stage in both]
     out.append(Row("work of one call of the model", total[0], total[1], _DERIVED))
     if rates is None:
         return tuple(out), ()
@@ -733,6 +733,11 @@ def _rows(
 
 def _extra(keys: int | None, tokens: int) -> str:
     return f" and {keys - tokens:,} extra keys" if keys and keys > tokens else ""
+
+
+def _work(flops: float) -> str:
+    """FLOP as TFLOP or PFLOP."""
+    return f"{flops / 1e12:.3g} TFLOP" if flops < 1e15 else f"{flops / 1e15:.3g} PFLOP"
 
 
 def _count(number: float) -> str:
@@ -861,7 +866,7 @@ def _draw_code(view: View, query: Grid | None, group: int) -> str:
     menu = f", group={group}" if group else ""
     return "\n".join(
         [
-            f"from gensparse import {', '.join(sorted({'Layout', 'build_plan', *extra}, key=str.lower))}",
+            f"from gensparse import {', '.join(sorted({'Layout', 'build_plan', *extra}))}",
             f"from gensparse.patterns import {', '.join(names)}",
             "",
             f"layout = {layout}",

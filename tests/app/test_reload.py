@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from gensparse.app import forms
 from gensparse.app.reload import LIMIT, parse_parameters, plain, reload
+from gensparse.app.settings import Settings
+from gensparse.engine.reuse import without_files
 from gensparse.errors import ConfigError
 from gensparse.image_io import write_image
 from gensparse.request import GenerateRequest, UpscaleRequest
@@ -215,3 +218,45 @@ def test_other_tools_values_are_checked_like_ours(tmp_path: Path) -> None:
 def test_hidden_prompts_stay_hidden(tmp_path: Path) -> None:
     found = reload(ours(tmp_path, {"prompt": "leak", "steps": 3}, prompt_omitted="asked"))
     assert found.values == {"steps": 3}
+
+
+CUT = [
+    ("clear:radius=8", "clear:radius=8", ()),
+    ("freecustom:weights=2.0", "freecustom:weights=2.0", ()),
+    ("regional:regions=/etc/passwd,base_weight=0.3", "regional:base_weight=0.3", ("regions of regional",)),
+    (
+        'regional:{"regions": "/etc/passwd", "background": "a, b"}',
+        'regional:{"background": "a, b"}',
+        ("regions of regional",),
+    ),
+    ("freescale:jitter=false,whole=clear:radius=4;weights=x", "freescale:jitter=false", ("weights of clear",)),
+    (
+        "together:sliding_window:radius=4;clear:weights=a/b",
+        "together:sliding_window:radius=4;clear",
+        ("weights of clear",),
+    ),
+    ("schedule:0=dense;0.5=auto:profile=/x", "schedule:0=dense;0.5=auto", ("profile of auto",)),
+]
+
+
+@pytest.mark.parametrize(("attention", "kept", "named"), CUT, ids=lambda value: str(value)[:40])
+def test_files_are_cut_from_the_text_before_anything_could_open_them(
+    attention: str, kept: str, named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gensparse.subjects.areas.Regions.read", lambda path: pytest.fail("a file was opened"))
+    assert without_files(attention) == (kept, named)
+    shared = Settings(host="0.0.0.0", auth=("me", "secret"))
+    values = {"prompt": "a star", "attention": attention}
+    if named:
+        with pytest.raises(ConfigError, match="names a file"):
+            forms.generate_request(values, shared)
+    else:
+        assert forms.generate_request(values, shared).attention == attention
+
+
+def test_what_the_page_has_no_field_for_is_named_where_it_matters(tmp_path: Path) -> None:
+    request = GenerateRequest(prompt="x", steps=3, tile="512", dtype="fp32", chunk=0, seed=(4,))
+    found = reload(ours(tmp_path, request.to_dict(portable=True)), fields={"generate": ("prompt", "steps", "seed")})
+    assert found.values == {"prompt": "x", "steps": 3, "seed": [4]}
+    assert set(found.dropped) == {"tile", "dtype"}
+    assert found.message.startswith("Taken from the picture: prompt, seed, steps.")

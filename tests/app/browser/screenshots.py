@@ -55,7 +55,7 @@ def main() -> None:
             context = browser.new_context(viewport={"width": 1280, "height": 860})
             page, _ = tools.open_page(context, server.url)
             fill(page, "512x512", "10")
-            page.locator("#gs-generate-run").click()
+            tools.start(page)
             if options.all:
                 tools.until(lambda: (tools.progress(page) or 0) > 20)
                 shoot(page, options.out, "running")
