@@ -63,12 +63,12 @@ class Batch(NamedTuple):
 
 
 class _Now(threading.local):
-    """The batch of the running call, and how many calls of its step came before; each thread has its own."""
+    """The batch of the running call, how many calls of its step came before, how large the first was; per thread."""
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
         self.step = self.call = -1
-        self.calls = 0
+        self.calls = self.total = 0
 
     def __reduce__(self) -> "tuple[type[_Now], tuple[()]]":
         return _Now, ()
@@ -286,20 +286,26 @@ class SubjectRun(Loaded):
         count = self.method.halves or self._halves(at)
         if not counted and count == 2 and (total % 2 or total // 2 <= self.references(total // 2)):
             count = 1  # a ControlNet that is asked for the conditional half alone
+        again = counted and self._is_again(at, total)
+        if again and count == 2 and 2 * total == self._now.total:
+            count = 1  # guidance that skips layers asks for the conditional half once more
         if total % count:
             raise ConfigError(
                 f"{self.method.name} got a batch of {total}, which has no {count} equal halves of guidance; pass "
                 "halves=1 where the call holds one."
             )
-        second = False
-        if counted:
-            now = self._now
-            again = at.step == now.step and at.call > now.call
-            now.calls = now.calls + 1 if again else 0
-            now.step, now.call = at.step, at.call
-            second = count == 1 and self.family in APART and now.calls % 2 == 1 and self.pipeline() is not None
+        apart = count == 1 and self.family in APART and self.pipeline() is not None
+        second = counted and apart and self._now.calls % 2 == 1
         halves = (UNCONDITIONAL, CONDITIONAL) if count == 2 else (UNCONDITIONAL if second else CONDITIONAL,)
         return self._cast(halves, total // count, at)
+
+    def _is_again(self, at: At, total: int) -> bool:
+        """Whether the step had a call before this one; counts it."""
+        now = self._now
+        again = at.step == now.step and at.call > now.call
+        now.calls, now.total = (now.calls + 1, now.total) if again else (0, total)
+        now.step, now.call = at.step, at.call
+        return again
 
     def _halves(self, at: At) -> int:
         """Halves of guidance in a call, as the pipeline tells; 1 for a bare model."""

@@ -297,6 +297,16 @@ def test_the_second_call_of_a_step_is_the_unconditional_half_of_flux() -> None:
     assert seen == [(1,), (1,)]
 
 
+def test_guidance_that_skips_layers_asks_for_the_conditional_half_once_more() -> None:
+    pipe, prompts = pipeline("sd3"), ["a cat", "a cat with a hat"]
+    handle = gensparse.apply(pipe, FreeCustom(), strict=True)
+    loaded, seen = handle._attachments[0].loaded, []
+    begin = loaded.started
+    loaded.started = lambda batch, arguments: (seen.append((batch.halves, batch.items)), begin(batch, arguments))
+    draw(pipe, "sd3", prompts, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
+    assert seen == [((0, 1), 2), ((0, 1), 2), ((1,), 2)]
+
+
 def test_controlnets_see_the_noised_references() -> None:
     pipe = pipeline("sd15")
     torch.manual_seed(0)
