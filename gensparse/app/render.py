@@ -61,7 +61,9 @@ def job_words(job: Job, position: int = 0) -> str:
     """The state of a job in words."""
     if job.state is State.QUEUED:
         before = position - 1
-        return "Next in the queue." if before < 1 else f"Waiting: {before} {'job' if before == 1 else 'jobs'} before it."
+        return (
+            "Next in the queue." if before < 1 else f"Waiting: {before} {'job' if before == 1 else 'jobs'} before it."
+        )
     if job.state is State.RUNNING:
         doing = _sentence(describe(job.event)) if job.event is not None else "Starting."
         return f"Stopping after this step. {doing}" if job.stopping else doing

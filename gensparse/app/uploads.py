@@ -47,7 +47,7 @@ def checked_header(app: App, path: Path) -> Header:
 def keep(path: Path, folder: Path) -> Path:
     """A copy of an upload among the files of its job, where nothing deletes it meanwhile."""
     suffix = path.suffix.lower()
-    copy = folder / f"input-{secrets.token_hex(4)}{suffix if re.fullmatch(r"[.][a-z]{1,5}", suffix) else ""}"
+    copy = folder / f"input-{secrets.token_hex(4)}{suffix if re.fullmatch(r'[.][a-z]{1,5}', suffix) else ''}"
     try:
         os.link(path, copy)
     except OSError:  # another file system

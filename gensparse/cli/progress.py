@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from gensparse.cli.output import print_err, warn
 from gensparse.cli.state import STATE
+from gensparse.engine.words import describe
 
 MIN_SECONDS = 0.1  # between two redraws of the line
 
@@ -70,22 +71,6 @@ def _columns() -> int:
     return max(20, shutil.get_terminal_size((80, 24)).columns)
 
 
-def describe(event: Any) -> str:
-    """One event in words."""
-    if event.phase == "load":
-        return "loading the model"
-    many = f"picture {event.picture + 1}/{event.pictures}, " if event.pictures > 1 else ""
-    if event.phase == "write":
-        return f"{many}writing"
-    size = f" {event.width}x{event.height}" if event.width else ""
-    left = f", {_duration(event.eta)} left" if event.eta is not None else ""
-    if event.phase == "start":
-        return f"{many}reading the prompt"
-    if event.phase == "decode":
-        return f"{many}decoding{size}{left}"
-    return f"{many}stage {event.stage + 1}/{event.stages}{size}, step {event.step}/{event.steps}{left}"
-
-
 def fit(event: Any, columns: int) -> str:
     """The event with a bar, or shortened, to fit on one line."""
     text = describe(event)
@@ -95,9 +80,3 @@ def fit(event: Any, columns: int) -> str:
         done = round(cells * event.step / event.steps)
         return f"[{'=' * done}{' ' * (cells - done)}] {text}"
     return text if len(text) < columns else text[: columns - 2] + "~"
-
-
-def _duration(seconds: float) -> str:
-    from gensparse.estimate import format_seconds
-
-    return format_seconds(seconds)
