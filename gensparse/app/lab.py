@@ -318,7 +318,7 @@ def attention_text(name: str, values: Mapping[str, str]) -> str:
     """The text of a method with these settings, as `--attention` takes it; defaults and empty values are left out.
 
     Raises:
-        ConfigError: no such method, or a setting that is not allowed.
+        ConfigError: no such method, or a setting that is not allowed, or names a file.
     """
     wanted = {}
     for item in settings_of(name):
@@ -329,8 +329,10 @@ def attention_text(name: str, values: Mapping[str, str]) -> str:
         text = f"{name}:{wanted['']}"
     else:
         text = f"{name}:{','.join(f'{key}={value}' for key, value in wanted.items())}" if wanted else name
-    parse_method(text)
-    return text
+    kept, files = without_files(text)  # before a method is made of it, which may open files
+    if files:
+        raise ConfigError(f"The lab reads no files; leave out {', '.join(files)}.")
+    return kept
 
 
 def pattern_of(name: str, values: Mapping[str, str]) -> Pattern:
@@ -431,10 +433,7 @@ def look(
         joined = chosen if isinstance(chosen, patterns.Radial) or len(layout.segments) == 1 else chosen | Text()
         joined.bind(layout)  # refuses settings that do not fit the grid
         return _with_menu(replace(view, pattern=joined), None, None)
-    attention, files = without_files(attention_text(name, values))
-    if files:
-        raise ConfigError(f"The lab reads no files; leave out {', '.join(files)}.")
-    view = replace(view, attention=attention)
+    view = replace(view, attention=attention_text(name, values))
     try:
         return _of_method(view, layer, round(moment * (STEPS - 1)))
     except ConfigError as error:  # it does not fit the model or the size, and says so

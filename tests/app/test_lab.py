@@ -126,9 +126,13 @@ def test_settings_are_offered_with_words_and_defaults(name: str) -> None:
     [
         ("schedule", {"": "0=auto:profile=/etc/passwd"}),
         ("schedule", {"": "0=dense;0.5=clear:weights=owner/name"}),
+        ("schedule", {"": "0=regional:regions=/etc/passwd"}),
+        ("regional", {"background": "x,regions=/etc/passwd"}),
     ],
 )
-def test_no_file_is_read(name: str, values: dict[str, str]) -> None:
+def test_no_file_is_read(name: str, values: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("subjects.areas.Regions.read", "methods.profile.Profile.load"):
+        monkeypatch.setattr(f"gensparse.{place}", lambda path: pytest.fail("a file was opened"))
     with pytest.raises(ConfigError, match="reads no files"):
         look("embedded", name, 512, 512, values)
 
