@@ -283,6 +283,11 @@ def looks_like_path(spec: str) -> bool:
     return marked or spec.lower().endswith((*PICKLES, ".safetensors", ".gguf")) or bool(spec and Path(spec).is_dir())
 
 
+def registered(spec: str) -> ModelInfo | None:
+    """What is known of a model by its alias or hub id, before any file is looked at."""
+    return REGISTRY.get(spec.lower()) or _by_hub_id(spec)
+
+
 def _by_hub_id(hub_id: str) -> ModelInfo | None:
     return next((info for info in REGISTRY.values() if (info.hub_id or "").lower() == hub_id.lower()), None)
 

@@ -3,7 +3,7 @@
 import pytest
 from accelerate import init_empty_weights
 
-from gensparse.engine import plan
+from gensparse.engine import execute, plan
 from gensparse.errors import ConfigError
 from gensparse.families.checkpoints import CHECKPOINTS
 from gensparse.families.published import PUBLISHED
@@ -136,3 +136,17 @@ def test_every_row_is_complete() -> None:
         assert {"native_size", "steps", "guidance", "max_sequence_length"} <= set(row.facts)
         assert row.levels in ("dynamic", "static", "steps")
         assert row.guides in ("all", "native")
+
+
+def test_a_way_that_a_known_model_does_not_have_is_refused_before_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gensparse.models._download", lambda *_: pytest.fail("the hub was asked"))
+    for model in ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"):
+        with pytest.raises(ConfigError, match="direct does not exist for Stable Diffusion XL"):
+            execute(GenerateRequest(prompt="x", model=model, highres="direct"))
+
+
+def test_procedures_are_planned_with_their_own_attention() -> None:
+    cost = planned("flux.1-dev", "4096", "80GB", highres="clear:radius=8")[1]
+    assert cost.stages[-1].attention == "dense"  # asked for
+    job = GenerateRequest(prompt="x", model="flux.1-dev", size="4096", highres="clear:radius=8", device="cuda")
+    assert plan(job, time_it=False)[1].stages[-1].attention == "clear:radius=8,proportional=true"

@@ -260,7 +260,8 @@ def attention_at(resolved: Resolved, height: int, width: int) -> str:
     if wanted != "auto":
         return wanted
     if WAYS[asked.name].procedure:
-        return WAYS[asked.name].procedure
+        own = WAYS[asked.name].procedure
+        return own.replace("radius=16", f"radius={asked.settings.get('radius', 16)}")
     if info.row.automatic is not None:
         return info.attention or info.row.automatic
     multiple = info.architecture.multiple

@@ -14,7 +14,7 @@ from gensparse.engine.call import call_arguments, finish_picture, padded_source,
 from gensparse.engine.ladder import OFFLOADS
 from gensparse.engine.loading import check_lora, denoiser_of, load_pipeline
 from gensparse.engine.machine import is_out_of_memory, peak_memory, return_memory, versions
-from gensparse.engine.plans import can_halve, guidance_in_halves
+from gensparse.engine.plans import asked_way, can_halve, guidance_in_halves
 from gensparse.engine.record import build_metadata, length_warnings, word_warnings
 from gensparse.engine.resolve import estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
@@ -23,7 +23,7 @@ from gensparse.engine.watch import StepWatch, decode_guard, float32_vae
 from gensparse.errors import Cancelled, NumericsError, WontFitError
 from gensparse.estimate import CHUNK, Estimate
 from gensparse.image_io import Picture
-from gensparse.models import ModelRef
+from gensparse.models import ModelRef, registered
 from gensparse.request import Request, UpscaleRequest
 
 if TYPE_CHECKING:
@@ -390,6 +390,9 @@ class Runner:
         """
         picture = image_io.read_image(request.image) if isinstance(request, UpscaleRequest) else None
         check_lora(request.lora)
+        known = registered(request.model)
+        if known is not None:  # what its family cannot do need not be downloaded
+            asked_way(request, known)
         ref = open_model(request)
         resolved = resolve_request(request, ref.info, picture)
         output = output or OutputOptions()
