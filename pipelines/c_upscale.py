@@ -44,8 +44,8 @@ class CUpscale(Way):
 
     - Structure: low frequencies of the clean estimate are pulled to the smaller picture's, by a weight that falls from
       `structure` to 0.
-    - Attention: the native picture, noised alike, is run once per step; where a word matters little there, windows
-      attend little to it, so that not every window draws the whole subject.
+    - Attention: the native picture, noised to the same level, is run once per step; where a word matters little there,
+      windows attend little to it, so that not every window draws the whole subject.
     - Semantics: windows attend to prompts of their own beside the picture's.
 
     The authors' code is not released, and the text that could be read names no constants. Ours are: windows every half
@@ -59,7 +59,7 @@ class CUpscale(Way):
             `gensparse.subjects.captions.VisionCaptioner`); then every window reads its own caption, which costs a call
             of it per window: (2 zoom - 1)^2.
         semantic: weight of those prompts, 0..1.
-        structure: weight of the structure prior at the first step, 0..1.
+        structure: weight of the structure prior at the first step, 0..1; stages of your own bring it as `alpha`.
         screening: whether attention is screened.
         share: share of the steps that the large size runs.
         window: latent cells per side of a window; None for the native size.
@@ -221,7 +221,7 @@ class _Held:
         lengths: tuple[int, ...] = ()
         if self.texts:
             own, masks = [self.texts[n] for n in numbers], [self.masks[n] for n in numbers]
-            texts = Texts(*(None if None in rows else torch.cat(rows) for rows in zip(*own, strict=True)))
+            texts = Texts(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*own, strict=True)))
             lengths = (texts.embeds.shape[1] // len(masks[0]),) * len(masks[0])
         shown = tuple(ViewTexts(_part(view, size), mask) for view, mask in zip(group, masks, strict=True))
         with self.composer.composing(Scene(shown, self.batch, self.words, lengths)):
@@ -235,21 +235,25 @@ def _captions(
     pictures = pipe._decode_result(smaller, run.vae_tile) if isinstance(smaller, StageResult) else smaller
     height, width = pictures.shape[-2:]
     words: list[list[str]] = []
-    for view in found:
-        top, bottom, left, right = _part(view, cells)
-        rows, columns = _pixels(top, bottom, height), _pixels(left, right, width)
-        size = ((view.bottom - view.top) * run.native.scale, (view.right - view.left) * run.native.scale)
-        crops = resize(pictures[..., rows, columns], size).clamp(-1, 1)
-        words.append([])
-        for crop in pipe.image_processor.postprocess(crops, output_type="pil"):
-            said = caption(crop, (left, top, right, bottom))
-            if not isinstance(said, str) or not said.strip():
-                raise ConfigError(f"The captioner gave {short(said)} for a window; it must give a text with words.")
-            words[-1].append(said)
-    release = getattr(caption, "release", None)
-    if release is not None:  # a model of its own gives its memory back before the picture is drawn
-        release()
+    try:
+        for view in found:
+            top, bottom, left, right = _part(view, cells)
+            rows, columns = _pixels(top, bottom, height), _pixels(left, right, width)
+            size = ((view.bottom - view.top) * run.native.scale, (view.right - view.left) * run.native.scale)
+            crops = resize(pictures[..., rows, columns], size).clamp(-1, 1)
+            shown = pipe.image_processor.postprocess(crops, output_type="pil")
+            words.append([_said(caption(crop, (left, top, right, bottom))) for crop in shown])
+    finally:
+        release = getattr(caption, "release", None)
+        if release is not None:  # a model of its own gives its memory back before the picture is drawn
+            release()
     return words
+
+
+def _said(caption: Any) -> str:
+    if not isinstance(caption, str) or not caption.strip():
+        raise ConfigError(f"The captioner gave {short(caption)} for a window; it must give a text with words.")
+    return caption
 
 
 def _pixels(start: float, stop: float, length: int) -> slice:

@@ -129,7 +129,7 @@ def test_every_prior_and_setting_changes_the_picture(pipes, name):
         {"structure": 0.3},
         {"screening": False},
         {"merge": "hann"},
-        {"window": 6},
+        {"window": pipe.native.cells * 3 // 4},
     ]
     for change in changes:
         other = call(pipe, **own, highres=CUpscale(**{"regions": TOP, **change})).images
