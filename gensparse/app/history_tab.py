@@ -150,13 +150,12 @@ def _presets(app: App, back: _Forms) -> None:
     where = "for this browser, on this server" if app.settings.shared else "for you, also for `gensparse --preset`"
     with gr.Accordion("Presets", open=True):
         gr.Markdown(f"The settings of the Generate tab under a name, without prompt and seed. Kept {where}.")
-        with gr.Row(equal_height=True):
-            name = gr.Dropdown([], label="Saved", min_width=150, elem_id="gs-preset-name")
+        name = gr.Dropdown([], label="Saved", elem_id="gs-preset-name")
+        with gr.Row():
             loads = gr.Button("Load", size="sm", min_width=70, elem_id="gs-preset-load")
             deletes = gr.Button("Delete", size="sm", min_width=70, elem_id="gs-preset-delete")
-        with gr.Row(equal_height=True):
-            new = gr.Textbox("", label="Save as", max_lines=1, max_length=64, min_width=150, elem_id="gs-preset-new")
-            saves = gr.Button("Save", size="sm", min_width=70, elem_id="gs-preset-save")
+        new = gr.Textbox("", label="Save as", max_lines=1, max_length=64, elem_id="gs-preset-new")
+        saves = gr.Button("Save", size="sm", elem_id="gs-preset-save")
         said = gr.HTML("", elem_id="gs-preset-said")
 
     def listed(request: gr.Request, kept: str | None = None) -> Any:

@@ -16,7 +16,7 @@ import browser_tools as tools
 from PIL import Image
 
 PROMPT = "a red circle left of a blue star on a green striped background"
-COLOURS = 160  # of a stored picture: flat surfaces need no more
+COLOURS = 256  # of a stored picture: flat surfaces need no more
 
 
 def shoot(page: Any, out: Path, name: str, height: int | None = None) -> None:
@@ -27,7 +27,7 @@ def shoot(page: Any, out: Path, name: str, height: int | None = None) -> None:
     path = out / f"app_{name}.png"
     page.screenshot(path=path, **({} if clip is None else {"clip": clip}))
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
     print(path, path.stat().st_size)
 
@@ -62,8 +62,10 @@ def main() -> None:
             tools.done(page)
             page.mouse.move(5, 5)
             shoot(page, options.out, "generate")
+            page.set_viewport_size({"width": 1280, "height": 1330})
             lab(page)
             shoot(page, options.out, "lab")
+            page.set_viewport_size({"width": 1280, "height": 860})
             tools.go(page, "History and presets")
             page.locator("#gs-history-gallery button img").first.wait_for()
             page.locator("#gs-history-gallery button img").first.click()
