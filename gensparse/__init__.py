@@ -24,6 +24,7 @@ _EXPORTS = {
     "Layout": "gensparse.layout",
     "Segment": "gensparse.layout",
     "Concept": "gensparse.subjects.cast",
+    "Reference": "gensparse.subjects.references",
     "Region": "gensparse.subjects.areas",
     "Regions": "gensparse.subjects.areas",
     "Subjects": "gensparse.subjects.cast",
@@ -39,6 +40,7 @@ __all__ = [
     "Handle",
     "Layout",
     "Plan",
+    "Reference",
     "Region",
     "Regions",
     "RouteContext",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from gensparse.plan import Plan, RouteContext, RoutedPlan, build_plan
     from gensparse.subjects.areas import Region, Regions
     from gensparse.subjects.cast import Concept, Subjects
+    from gensparse.subjects.references import Reference
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "CUpscale": "gensparse.pipelines.c_upscale",
     "ClearStages": "gensparse.pipelines.flux_ways",
+    "FluxCustomizePipeline": "gensparse.pipelines.flux_customize",
     "FluxHighresPipeline": "gensparse.pipelines.flux_highres",
     "PixArtHighresPipeline": "gensparse.pipelines.pixart_highres",
     "QwenImageHighresPipeline": "gensparse.pipelines.qwenimage_highres",
+    "SD15CustomizePipeline": "gensparse.pipelines.sd15_customize",
     "SD15HighresPipeline": "gensparse.pipelines.sd15_highres",
     "SD3HighresPipeline": "gensparse.pipelines.sd3_highres",
+    "SDXLCustomizePipeline": "gensparse.pipelines.sdxl_customize",
     "SDXLHighresPipeline": "gensparse.pipelines.sdxl_highres",
     "ScaleDiTStages": "gensparse.pipelines.flux_ways",
     "VisionCaptioner": "gensparse.subjects.captions",
@@ -20,11 +23,14 @@ _EXPORTS = {
 __all__ = [
     "CUpscale",
     "ClearStages",
+    "FluxCustomizePipeline",
     "FluxHighresPipeline",
     "PixArtHighresPipeline",
     "QwenImageHighresPipeline",
     "SD3HighresPipeline",
+    "SD15CustomizePipeline",
     "SD15HighresPipeline",
+    "SDXLCustomizePipeline",
     "SDXLHighresPipeline",
     "ScaleDiTStages",
     "VisionCaptioner",
@@ -33,13 +39,16 @@ __all__ = [
 
 if TYPE_CHECKING:
     from gensparse.pipelines.c_upscale import CUpscale
+    from gensparse.pipelines.flux_customize import FluxCustomizePipeline
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
     from gensparse.pipelines.flux_ways import ClearStages, ScaleDiTStages
     from gensparse.pipelines.pixart_highres import PixArtHighresPipeline
     from gensparse.pipelines.qwenimage_highres import QwenImageHighresPipeline
     from gensparse.pipelines.registry import highres_class
     from gensparse.pipelines.sd3_highres import SD3HighresPipeline
+    from gensparse.pipelines.sd15_customize import SD15CustomizePipeline
     from gensparse.pipelines.sd15_highres import SD15HighresPipeline
+    from gensparse.pipelines.sdxl_customize import SDXLCustomizePipeline
     from gensparse.pipelines.sdxl_highres import SDXLHighresPipeline
     from gensparse.subjects.captions import VisionCaptioner
 

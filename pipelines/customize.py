@@ -1,0 +1,240 @@
+"""What pipelines for several subjects share: pictures of the subjects run beside the new one in its first stage.
+
+The rows of the references stand first in every denoiser call of the native stage. At every step they are what the
+method wants: the clean picture at the noise of the step, drawn anew, or the latents through which an inversion of the
+picture passes. Nothing of what the denoiser makes of them goes on. Larger stages do without them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gensparse.attach import applied
+from gensparse.errors import ConfigError, unknown_name
+from gensparse.highres.stages import Stage
+from gensparse.methods import Method, as_method
+from gensparse.methods.subject_run import mixed
+from gensparse.pipelines.cascade import Stages
+from gensparse.subjects.cast import Concept, Subjects, token_places
+from gensparse.subjects.references import Fitted, Reference, checked_references
+
+NOISED = ("freecustom", "magicface", "isolation_reposition", "reference_only", "storydiffusion")
+"""Methods that see references at the noise of the step."""
+
+INVERTED = ("masactrl", "style_aligned")
+"""Methods that see references as an inversion of the picture passes them."""
+
+MASKED = ("freecustom", "magicface", "isolation_reposition", "reference_only")
+"""Methods that see nothing of a reference but what its mask keeps."""
+
+ALIASES = {"isolation": "isolation_reposition"}
+REGIONAL = ("isolation_reposition",)
+UNETS = ("magicface",)
+
+Rows = Callable[[int], torch.Tensor]
+"""Number of a noise level -> latents of all references there, as the pipeline's loop holds them."""
+
+
+def subject_method(value: Method | str | Mapping[str, Any]) -> Method:
+    """The method for subjects that a text, dict or value names.
+
+    Raises:
+        ConfigError: none, or one that takes no given pictures.
+    """
+    if isinstance(value, str):
+        name, colon, rest = value.partition(":")
+        value = ALIASES.get(name.strip(), name.strip()) + colon + rest
+        if value.partition(":")[0] not in (*NOISED, *INVERTED):
+            raise ConfigError(unknown_name("subject method", name.strip(), (*NOISED, *INVERTED, *ALIASES)))
+    method = as_method(value)
+    if method.name not in (*NOISED, *INVERTED):
+        raise ConfigError(f"{method.name} takes no pictures of subjects; use one of {', '.join((*NOISED, *INVERTED))}")
+    return method
+
+
+def check_subjects(method: Method, family: str, names: Sequence[str], placed: Sequence[str], words: str | None) -> None:
+    """What can be known to be wrong before anything is encoded.
+
+    Args:
+        family: of the model, as `gensparse.families` names it.
+        names: of the subjects; placed: those with a region; words: the prompt, None where nobody knows.
+
+    Raises:
+        ConfigError: another number of subjects, a model, or subjects without what the method needs.
+    """
+    fixed = getattr(method, "fixed", None)
+    if fixed is not None and len(names) != fixed:
+        raise ConfigError(f"{method.name} takes {fixed} subject, and {len(names)} are given; leave the others out")
+    if method.name in UNETS and family != "UNet":
+        raise ConfigError(f"{method.name} works on UNets such as SDXL, not on {family}; use freecustom or isolation")
+    missing = [name for name in names if name not in placed]
+    if method.name in REGIONAL and missing:
+        raise ConfigError(f"{method.name} needs to know where {', '.join(missing)} is to be; give it a box in a layout")
+    if method.name == "magicface" and words is not None:
+        unsaid = [name for name in missing if name.lower() not in words.lower()]
+        if unsaid:
+            raise ConfigError(
+                f"magicface needs {', '.join(unsaid)} in the prompt or in a layout; name it in one of them"
+            )
+
+
+@dataclass(eq=False)
+class Cast:
+    """Who is in the pictures of a call.
+
+    Args:
+        seed: of the noise on references.
+    """
+
+    references: tuple[Reference, ...]
+    method: Method
+    prompt: str | None
+    seed: int = 0
+
+    @property
+    def inverted(self) -> bool:
+        return self.method.name in INVERTED
+
+    @property
+    def prompts(self) -> list[str]:
+        return [item.text for item in self.references]
+
+    def subjects(self, fitted: Sequence[Fitted], size: tuple[int, int], tokenizer: Any) -> Subjects:
+        """What the method is told about them."""
+        concepts = []
+        for item, own in zip(self.references, fitted, strict=True):
+            words = ()
+            if self.method.name == "magicface" and item.region is None:
+                words = token_places(tokenizer, self.prompt or "", item.name)
+                if not words:
+                    raise ConfigError(
+                        f"magicface finds no {item.name!r} in the prompt; name it there, or give a region."
+                    )
+            mask = own.shown if self.method.name in MASKED else own.mask
+            if mask is None and self.method.name == "isolation_reposition":
+                mask = own.area
+            concepts.append(Concept(item.name, mask=mask, region=item.place(size), tokens=words))
+        return Subjects(*concepts)
+
+
+class Customizes(Stages):
+    """Mixed into a pipeline of stages, in front of it; families say how references get into a call."""
+
+    _cast: Cast | None
+
+    def _init_stages(self) -> None:
+        super()._init_stages()
+        self._cast = None
+
+    @contextmanager
+    def _with_subjects(
+        self,
+        prompt: Any,
+        subjects: Any,
+        method: Method | str | Mapping[str, Any],
+        family: str,
+        options: Mapping[str, Any],
+    ) -> Iterator[None]:
+        """For the time of one call."""
+        if subjects is None or (isinstance(subjects, list | tuple) and not subjects):
+            yield
+            return
+        references, chosen = checked_references(subjects), subject_method(method)
+        if options.get("image") is not None:
+            raise ConfigError("subjects act where a picture is drawn anew, and image= is given; leave one of both out.")
+        first = prompt if isinstance(prompt, str) or prompt is None else prompt[0]
+        placed = [item.name for item in references if item.region is not None]
+        check_subjects(chosen, family, [item.name for item in references], placed, first)
+        self._cast = Cast(references, chosen, first, int(getattr(chosen, "seed", 0)))
+        try:
+            yield
+        finally:
+            self._cast = None
+
+    @contextmanager
+    def _shared(self, cast: Cast, fitted: Sequence[Fitted], stage: Stage) -> Iterator[None]:
+        """The method of the subjects on the model, and what it says in the report of the stage."""
+        subjects = cast.subjects(fitted, (stage.height, stage.width), self.tokenizer)
+        with applied(self, cast.method, subjects=subjects) as handle:
+            handle.restart(steps=self._num_timesteps)
+            yield
+            facts = {"method": cast.method.to_dict(), "names": list(subjects.names), **handle.report()}
+            self.attention_report[-1]["subjects"] = facts
+
+    def _clean(
+        self, cast: Cast, fitted: Sequence[Fitted], stage: Stage, tile: Any, device: torch.device
+    ) -> torch.Tensor:
+        """Clean latents [R, C, h, w] of all references, float32."""
+        size = (stage.height, stage.width)
+        return torch.cat([self._encode(item.pixels, size, 0.0, tile, device) for item in fitted]).to(device).float()
+
+
+# --- pure helpers ---------------------------------------------------------------------------------------------------
+
+
+def noise_at(clean: torch.Tensor, cast: Cast, step: int) -> torch.Tensor:
+    """Noise of the references at a step, on the CPU so that it is the same on every device."""
+    number = step if getattr(cast.method, "fresh_noise", True) else 0
+    drawn = [
+        torch.randn(one.shape, generator=torch.Generator().manual_seed(mixed(cast.seed, number, place)))
+        for place, one in enumerate(clean)
+    ]
+    return torch.stack(drawn).to(clean)
+
+
+def joined(references: torch.Tensor, own: torch.Tensor, halves: int = 1) -> torch.Tensor:
+    """References in front of the pictures, in every half of a batch."""
+    pairs = zip(references.to(own).chunk(halves), own.chunk(halves), strict=True)
+    return torch.cat([torch.cat(pair) for pair in pairs])
+
+
+def parted(x: torch.Tensor, count: int, pictures: int) -> torch.Tensor:
+    """A batch without the first `count` rows of every half, of which `pictures` are left."""
+    return torch.cat([half[count:] for half in x.split(count + pictures)])
+
+
+def rejoined(whole: torch.Tensor, changed: torch.Tensor, count: int, pictures: int) -> torch.Tensor:
+    """What a callback made of `parted(whole)`, behind the references again; halves that it dropped stay dropped.
+
+    Args:
+        whole: [halves * (count + pictures), ...].
+        changed: [left * pictures, ...], the last halves.
+    """
+    left = changed.shape[0] // pictures
+    references = [half[:count] for half in whole.split(count + pictures)][-left:]
+    return joined(torch.cat(references), changed, left)
+
+
+def told_to_callbacks(
+    on_step: Callable[..., dict] | None,
+    inputs: Sequence[str],
+    rows: Callable[[int], torch.Tensor],
+    count: int,
+    pictures: int,
+    beside: Sequence[str],
+) -> Callable[..., dict]:
+    """A step callback that puts the references of the next step in place, around the caller's own.
+
+    The caller's sees tensors of its pictures alone.
+
+    Args:
+        rows: number of a step that is done -> latents of the references behind it.
+        beside: names of the tensors that have rows of the references too, in every half of guidance.
+    """
+
+    def after(pipe: Any, i: int, t: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = {k: parted(x, count, pictures) if k in beside and x is not None else x for k, x in values.items()}
+        changed: dict[str, torch.Tensor] = {}
+        if on_step is not None:
+            changed = dict(on_step(pipe, i, t, {name: own[name] for name in inputs}))
+        latents = changed.pop("latents", own["latents"])
+        back = {
+            k: rejoined(values[k], x, count, pictures) if k in beside and x is not None else x
+            for k, x in changed.items()
+        }
+        return {**back, "latents": joined(rows(i), latents)}
+
+    return after

@@ -1,0 +1,287 @@
+"""Subjects in tiny pipelines of stages, end to end: who sees what, callbacks, larger stages, refusals, nothing left."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers.callbacks import SDXLCFGCutoffCallback
+from PIL import Image
+
+from gensparse import Reference
+from gensparse.errors import ConfigError
+from gensparse.methods import FreeCustom, ReferenceOnly
+from gensparse.pipelines import FluxCustomizePipeline, SD15CustomizePipeline, SDXLCustomizePipeline
+from gensparse.pipelines.customize import joined, noise_at, parted, rejoined, subject_method
+from gensparse.subjects.read_masks import box_mask
+from gensparse.testing.tiny import tiny_pipeline
+
+SIZES = {"sd15": (24, 40), "sdxl": (40, 16), "flux": (24, 40)}
+CLASSES = {"sd15": SD15CustomizePipeline, "sdxl": SDXLCustomizePipeline, "flux": FluxCustomizePipeline}
+
+
+def picture(seed: int, height: int = 30, width: int = 21) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+CAT = Reference("cat", picture(0), mask=box_mask((0, 0, 0.6, 1), (30, 21)), region=(0, 0, 0.5, 1), prompt="a cat")
+DOG = Reference("dog", picture(1, 17, 40), region=(0.5, 0.2, 1, 1))
+
+CASES = {
+    "freecustom": [CAT, DOG],
+    "isolation": [CAT, DOG],
+    "storydiffusion:start=0,gate=1.0": [CAT, DOG],
+    "reference_only": [CAT],
+    "masactrl:start=0": [CAT],
+    "style_aligned": [Reference("cat", picture(0))],
+}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stock(name: str):
+    pipe = tiny_pipeline(name)
+    if name == "flux":  # native 32 x 32 pixels
+        more = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(name: str, stock):
+    out = CLASSES[name].from_pipe(stock)
+    out.set_progress_bar_config(disable=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    out = SDXLCustomizePipeline.from_pipe(tiny_pipeline("sdxl"))
+    out.set_progress_bar_config(disable=True)
+    return out
+
+
+def call(name: str, seed: int = 3, **more) -> dict:
+    height, width = SIZES[name]
+    own = {"max_sequence_length": 16} if name == "flux" else {}
+    return {
+        "prompt": "a cat and a dog",
+        "height": height,
+        "width": width,
+        "num_inference_steps": 3,
+        "output_type": "pt",
+        "generator": torch.Generator().manual_seed(seed),
+        **own,
+        **more,
+    }
+
+
+def state_of(pipe) -> tuple:
+    """Everything a call must leave as it was."""
+    model = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    processors = {name: (id(p), type(p)) for name, p in model.attn_processors.items()}
+    return hooks, processors, list(model.state_dict()), str(pipe.scheduler.__dict__), pipe._cast
+
+
+def test_without_subjects_it_is_the_plain_pipeline_to_the_bit(name, stock, pipe) -> None:
+    plain = stock(**call(name)).images
+    more = {"highres": "none"}
+    assert torch.equal(pipe(**call(name), **more).images, plain)
+    assert torch.equal(pipe(**call(name), **more, subjects=[]).images, plain)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_subjects_change_the_picture_and_leave_nothing(name, stock, pipe, method) -> None:
+    plain, before = pipe(**call(name)).images, state_of(pipe)
+    out = pipe(**call(name), subjects=CASES[method], subject_method=method).images
+    assert out.shape == plain.shape == (1, 3, *SIZES[name])
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, plain)
+    (report,) = pipe.attention_report
+    assert report["subjects"]["names"] == [item.name for item in CASES[method]]
+    assert report["subjects"]["sparse"] > 0
+    assert state_of(pipe) == before
+    again = pipe(**call(name), subjects=CASES[method], subject_method=method).images
+    assert torch.equal(out, again)
+    assert torch.equal(pipe(**call(name)).images, plain)
+
+
+def test_other_pictures_and_masks_of_subjects_make_other_pictures(name, pipe) -> None:
+    def made(*subjects: Reference) -> torch.Tensor:
+        return pipe(**call(name), subjects=subjects).images
+
+    first = made(CAT)
+    assert not torch.equal(first, made(Reference("cat", picture(5), mask=CAT.mask, prompt="a cat")))
+    assert not torch.equal(first, made(Reference("cat", CAT.picture, prompt="a cat")))
+    assert torch.equal(first, made(Reference("tom", CAT.picture, mask=CAT.mask, prompt="a cat")))
+
+
+def test_methods_that_act_on_no_step_leave_the_picture(name, pipe) -> None:
+    """References in the batch alone change no more than rounding."""
+    plain = pipe(**call(name)).images
+    out = pipe(**call(name), subjects=[CAT, DOG], subject_method=FreeCustom(start=50)).images
+    torch.testing.assert_close(out, plain, rtol=0, atol=2e-4)
+
+
+def test_callbacks_see_the_pictures_alone(name, pipe) -> None:
+    seen = []
+
+    def note(pipe, i, t, values):
+        seen.append({k: tuple(v.shape) for k, v in values.items()})
+        return {"latents": values["latents"] * 1.0}
+
+    inputs = ["latents", "prompt_embeds"]
+    given = {"callback_on_step_end": note, "callback_on_step_end_tensor_inputs": inputs}
+    plain = pipe(**call(name), **given).images
+    alone, seen = seen, []
+    out = pipe(**call(name), **given, subjects=[CAT, DOG], num_images_per_prompt=1).images
+    assert seen == alone
+    assert len(seen) == 3
+    assert not torch.equal(out, plain)
+    assert torch.equal(out, pipe(**call(name), subjects=[CAT, DOG]).images)
+
+
+def test_a_run_can_be_interrupted(name, pipe) -> None:
+    steps = []
+
+    def stop(pipe, i, t, values):
+        steps.append(i)
+        pipe._interrupt = i == 1
+        return {}
+
+    before = state_of(pipe)
+    out = pipe(**call(name), subjects=[CAT], callback_on_step_end=stop).images
+    assert steps == [0, 1]
+    assert out.shape == (1, 3, *SIZES[name])
+    assert state_of(pipe) == before
+
+
+def test_errors_on_the_way_leave_nothing(name, pipe) -> None:
+    def fail(pipe, i, t, values):
+        raise RuntimeError("stop")
+
+    before = state_of(pipe)
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe(**call(name), subjects=[CAT], callback_on_step_end=fail)
+    assert state_of(pipe) == before
+    assert pipe._cast is None
+
+
+def test_larger_stages_go_on_without_references_and_sparse(name, pipe) -> None:
+    sizes = []
+
+    def note(pipe, i, t, values):
+        sizes.append((pipe.stage, values["latents"].shape[0]))
+        return {}
+
+    height, width = (2 * side for side in SIZES[name])
+    given = {"height": height, "width": width, "callback_on_step_end": note, "attention": "neighborhood:window=4x4"}
+    out = pipe(**call(name, **given), subjects=[CAT, DOG], num_images_per_prompt=2).images
+    assert out.shape == (2, 3, height, width)
+    assert {count for _, count in sizes} == {2}
+    assert {stage for stage, _ in sizes} == {0, 1}
+    first, second = pipe.attention_report
+    assert first["subjects"]["method"]["method"] == "freecustom"
+    assert "subjects" not in second
+    assert second["sparse"] > 0
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("method", ["freecustom", "masactrl:start=0"])
+def test_schedulers_of_either_form(sdxl, scheduler, method) -> None:
+    pipe = SDXLCustomizePipeline.from_pipe(sdxl)
+    pipe.scheduler = scheduler.from_config(sdxl.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(**call("sdxl"), subjects=[CAT], subject_method=method).images
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, pipe(**call("sdxl")).images)
+
+
+def test_schedulers_without_levels_are_refused(sdxl) -> None:
+    pipe = SDXLCustomizePipeline.from_pipe(sdxl)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(sdxl.scheduler.config)
+    with pytest.raises(ConfigError, match="calls per step"):
+        pipe(**call("sdxl"), subjects=[CAT])
+
+
+def test_guidance_that_ends_and_generators_of_every_picture(sdxl) -> None:
+    more = {"callback_on_step_end": SDXLCFGCutoffCallback(None, 1)}
+    out = sdxl(**call("sdxl", **more), subjects=[CAT, DOG]).images
+    assert torch.isfinite(out).all()
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    pair = {"generator": generators, "num_images_per_prompt": 2, "eta": 0.5, "guidance_scale": 1.0}
+    assert sdxl(**call("sdxl", **pair), subjects=[CAT]).images.shape[0] == 2
+
+
+def test_magicface_finds_words_in_the_prompt(sdxl) -> None:
+    plain = sdxl(**call("sdxl")).images
+    free = [Reference("cat", picture(0)), Reference("dog", picture(1))]
+    assert not torch.equal(sdxl(**call("sdxl"), subjects=free, subject_method="magicface:inject_step=0").images, plain)
+    with pytest.raises(ConfigError, match="hat"):
+        sdxl(**call("sdxl"), subjects=[Reference("hat", picture(0))], subject_method="magicface")
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"subjects": [CAT, CAT]}, "two subjects are named 'cat'"),
+        ({"subjects": [Reference(str(n), picture(n)) for n in range(6)]}, "at most 5"),
+        ({"subjects": ["cat.png"]}, "Reference"),
+        ({"subjects": [Reference("cat", "none.png")]}, "none.png"),
+        ({"subjects": [Reference("cat", picture(0), mask=np.zeros((4, 4)))]}, "keeps nothing"),
+        ({"subjects": [CAT, DOG], "subject_method": "reference_only"}, "1 subject"),
+        ({"subjects": [Reference("cat", picture(0))], "subject_method": "isolation"}, "where cat is to be"),
+        ({"subjects": [CAT], "subject_method": "freecustm"}, "did you mean freecustom"),
+        ({"subjects": [CAT], "subject_method": "clear"}, "unknown subject method"),
+        ({"subjects": [CAT], "image": picture(0)}, "image="),
+        ({"subjects": [CAT], "attention": "neighborhood:window=4x4", "highres": "none"}, "first stage"),
+    ],
+)
+def test_wrong_subjects_are_refused(name, pipe, more, match) -> None:
+    before = state_of(pipe)
+    with pytest.raises(ConfigError, match=match):
+        pipe(**call(name), **more)
+    assert state_of(pipe) == before
+
+
+@pytest.mark.parametrize("box", [(0, 0, 1.2, 1), (0.5, 0, 0.5, 1), (0, 0, 1), ("a", 0, 1, 1)])
+def test_boxes_lie_in_the_picture(box) -> None:
+    with pytest.raises(ConfigError, match="box of 'cat'"):
+        Reference("cat", picture(0), region=box)
+
+
+@pytest.mark.parametrize(("own", "size"), [((30, 21), (24, 56)), ((7, 40), (40, 16)), ((1, 1), (16, 24))])
+def test_pictures_keep_their_ratio(own, size) -> None:
+    fitted = Reference("cat", picture(4, *own), mask=np.ones((5, 5), dtype=bool)).fitted(size)
+    assert fitted.pixels.shape == (1, 3, *size)
+    assert fitted.mask.shape == fitted.area.shape == size
+    rows, columns = fitted.area.any(1).sum(), fitted.area.any(0).sum()
+    assert int(rows) == size[0] or int(columns) == size[1]
+    scale = min(size[0] / own[0], size[1] / own[1])
+    assert abs(float(rows) - own[0] * scale) <= 1
+    assert abs(float(columns) - own[1] * scale) <= 1
+    assert torch.equal(fitted.mask, fitted.area)
+
+
+def test_noise_of_references_follows_step_and_setting() -> None:
+    assert subject_method("isolation").name == "isolation_reposition"
+    clean = torch.zeros(2, 3, 5)
+    for method, fresh in ((FreeCustom(), True), (ReferenceOnly(fresh_noise=False), False)):
+        cast = type("Cast", (), {"method": method, "seed": 4})()
+        first, second = noise_at(clean, cast, 0), noise_at(clean, cast, 1)
+        assert torch.equal(first, second) != fresh
+        assert not torch.equal(first[0], first[1])
+
+
+def test_rows_of_halves() -> None:
+    references, own = torch.arange(4.0)[:, None], 10 + torch.arange(6.0)[:, None]
+    whole = joined(references, own, 2)
+    assert whole.flatten().tolist() == [0, 1, 10, 11, 12, 2, 3, 13, 14, 15]
+    assert torch.equal(parted(whole, 2, 3), own)
+    assert torch.equal(rejoined(whole, own, 2, 3), whole)
+    assert rejoined(whole, own[3:] + 1, 2, 3).flatten().tolist() == [2, 3, 14, 15, 16]
