@@ -108,7 +108,6 @@ class _Drawn(CrossLoaded):
         super().__init__(method.guided, owner)
         self._method = method
         self._texts = encoded(method.name, owner, [method.background or "", *(item.prompt for item in method.regions)])
-        self._where: Any = None
 
     def look(self, at: At, arguments: dict[str, Any]) -> None:
         images, objects = image_prompts(arguments), len(self._method.regions)
@@ -118,7 +117,7 @@ class _Drawn(CrossLoaded):
                 "white one for an object without."
             )
         text = arguments["encoder_hidden_states"]
-        self._where = (text.device, text.dtype)
+        self._now.where = (text.device, text.dtype)
 
     def stages(self, layout: Layout, at: At) -> "Stages | Dense":
         from gensparse.processors.stages import Drawer, Stages
@@ -126,20 +125,20 @@ class _Drawn(CrossLoaded):
         grid, method = layout.grid[1:], self._method
         if at.step >= first_steps(method.parallel_steps, at):
             return Stages(self.guided(at), grid, images=Drawer(None))
-        couple, images = self.made((self._size, grid, self._where), lambda: self._layers(grid))
+        couple, images = self.made((self._now.size, grid, self._now.where), lambda: self._layers(grid))
         return Stages(self.guided(at), grid, couple=couple, images=images)
 
     def _layers(self, grid: tuple[int, int]) -> "tuple[Couple, Drawer]":
         from gensparse.subjects.drawer import layout_weights
 
-        (height, width), method = self._size, self._method
+        (height, width), method = self._now.size, self._method
         boxes = [
             (x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height)
             for x0, y0, x1, y1 in (item.box for item in method.regions)
         ]
-        weights = layout_weights(boxes, self._size, method.fuse).to(self._where[0])
+        weights = layout_weights(boxes, self._now.size, method.fuse).to(self._now.where[0])
         present = method.present or (True,) * len(boxes)
-        texts = (None, *(text.to(*self._where) for text in self._texts))
+        texts = (None, *(text.to(*self._now.where) for text in self._texts))
         return drawn(weights, grid, texts, None, present)
 
 

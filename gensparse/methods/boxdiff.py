@@ -184,7 +184,7 @@ class _Guiding(CrossLoaded):
                 self._model(sample, time, **{**arguments, "return_dict": False})
                 maps = self._book.take().mean(dim=(0, 2))
                 (grid,) = self._book.grids
-                size = tuple(self._size)
+                size = self._now.size
                 boxes = [
                     box_tokens((x0 * size[1], y0 * size[0], x1 * size[1], y1 * size[0]), grid, size)
                     for x0, y0, x1, y1 in (item.box for item in self._method.regions)

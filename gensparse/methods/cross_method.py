@@ -1,6 +1,7 @@
 """What methods that act on cross-attention have in common: sites, halves of guidance, encodings of further prompts."""
 
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -54,6 +55,22 @@ class CrossMethod(JsonSettings, Method):
         return self
 
 
+class Now(threading.local):
+    """Of the call that the running thread is in.
+
+    `size` is the picture's (height, width) in pixels, `where` device and dtype of the text, `reason` why the method
+    does not act, `prompted` whether there are image prompts.
+    """
+
+    size: tuple[int, int] = (1, 1)
+    where: Any = None
+    reason: str | None = None
+    prompted: bool = False
+
+    def __reduce__(self) -> "tuple[type[Now], tuple[()]]":
+        return Now, ()
+
+
 class CrossLoaded(Loaded):
     """What a cross-attention method keeps beside its settings: encodings, and what was made of them per grid.
 
@@ -67,11 +84,12 @@ class CrossLoaded(Loaded):
     def __init__(self, guided: bool | None, owner: Any) -> None:
         self._guided = guided
         self._cell = int(getattr(owner, "vae_scale_factor", None) or VAE_SCALE)
-        self._size: tuple[int, int] = (1, 1)
+        self._now = Now()
         self._made: dict[Any, Any] = {}
 
     def begin(self, at: At, arguments: dict[str, Any]) -> bool:
-        self._size = tuple(int(cells) * self._cell for cells in arguments[self.sample].shape[-2:])
+        height, width = arguments[self.sample].shape[-2:]
+        self._now.size = int(height) * self._cell, int(width) * self._cell
         self.look(at, arguments)
         return False
 

@@ -154,27 +154,25 @@ class _Looked(CrossLoaded):
             CONTENT: _tokens(prompts, style, places),
             BOTH: _tokens(prompts, [a + b for a, b in zip(style, content, strict=True)], places),
         }
-        self._reason: str | None = None
-        self._device: Any = None
 
     def look(self, at: At, arguments: dict[str, Any]) -> None:
         text = arguments["encoder_hidden_states"]
-        self._device = text.device
-        self._reason = self._check.reason(text, self.guided(at))
-        if self._reason is None and not self._method.active_at(_number(arguments["timestep"])):
-            self._reason = "the timestep is outside its window"
+        self._now.where = (text.device, text.dtype)
+        self._now.reason = self._check.reason(text, self.guided(at))
+        if self._now.reason is None and not self._method.active_at(_number(arguments["timestep"])):
+            self._now.reason = "the timestep is outside its window"
 
     def stages(self, layout: Layout, at: At) -> "Stages | Dense":
         from gensparse.processors.stages import Stages, Words
 
-        if self._reason is not None:
-            return Dense(f"lpa: {self._reason}")
+        if self._now.reason is not None:
+            return Dense(f"lpa: {self._now.reason}")
         hidden = self._hidden.get(at.kind) if isinstance(at.kind, str) else None
         if hidden is None:
             return Dense("lpa: its route does not name this layer")
         if not bool(hidden.any()):
             return Dense("lpa: the prompt has no such words")
-        device = self._device
+        device, _ = self._now.where
         hidden = self.made((at.kind, device), lambda: hidden.to(device))
         words = Words(hidden, self._method.mode, both=not self._method.cond_only)
         return Stages(self.guided(at), layout.grid[1:], words=words)

@@ -103,13 +103,12 @@ class _Named(CrossLoaded):
 
         super().__init__(method.guided, subject.owner)
         assert method.objects is not None
-        self._method, self._prompted = method, False
+        self._method = method
         self._names = torch.stack(encoded(method.name, subject.owner, method.objects), 1)
         self._empty = encoded(method.name, subject.owner, [""])[0][:, None].expand_as(self._names)
         own = [offsets(method.name, subject.owner, name) for name in method.objects]
         self._lengths = torch.tensor([[max(1, sum(b > a for a, b in spans)) for spans in own]])
         self._weights = {} if method.weights is None else text_weights(method.weights, subject.model)
-        self._where: Any = None
 
     def notes(self, place: Place) -> "Tensor | None":
         return self._weights.get(place.name)
@@ -121,17 +120,17 @@ class _Named(CrossLoaded):
                 f"mip_adapter has {self._names.shape[1]} objects of {wanted} images, and the call has {images} images; "
                 "pass one per object, or say pictures=."
             )
-        self._prompted = images > 0
+        self._now.prompted = images > 0
         text = arguments["encoder_hidden_states"]
-        self._where = (text.device, text.dtype)
+        self._now.where = (text.device, text.dtype)
 
     def stages(self, layout: Layout, at: At) -> "Stages | Dense":
         from gensparse.processors.stages import Stages
 
-        if not self._prompted:
+        if not self._now.prompted:
             return Dense("mip_adapter: the call has no image prompts; load an IP-Adapter and pass ip_adapter_image")
         grid = layout.grid[1:]
-        merge = self.made((self._size, grid, self._where), lambda: self._merge(grid))
+        merge = self.made((self._now.size, grid, self._now.where), lambda: self._merge(grid))
         return Stages(self.guided(at), grid, images=merge)
 
     def _merge(self, grid: tuple[int, int]) -> "Merge":
@@ -142,8 +141,8 @@ class _Named(CrossLoaded):
         regions = self._method.regions
         masks = None
         if regions is not None:
-            masks = torch.from_numpy(regions.masks(self._size, grid)).flatten(1).to(self._where[0])
-        names, empty = (text.to(*self._where) for text in (self._names, self._empty))
+            masks = torch.from_numpy(regions.masks(self._now.size, grid)).flatten(1).to(self._now.where[0])
+        names, empty = (text.to(*self._now.where) for text in (self._names, self._empty))
         return Merge(names, empty, self._lengths, masks, self._method.pictures or ())
 
 

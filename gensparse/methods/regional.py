@@ -192,12 +192,12 @@ class _Coupled(CrossLoaded):
         if not self._method.active_at(at, joint=False):
             return Dense("regional: no regions in this step")
         grid = layout.grid[1:]
-        couple = self.made((self._size, grid, self._where), lambda: self._couple(grid))
+        couple = self.made((self._now.size, grid, self._now.where), lambda: self._couple(grid))
         return Stages(self.guided(at), grid, couple=couple)
 
     def look(self, at: At, arguments: dict[str, Any]) -> None:
         text = arguments["encoder_hidden_states"]
-        self._where = (text.device, text.dtype)
+        self._now.where = (text.device, text.dtype)
 
     def _couple(self, grid: tuple[int, int]) -> "Couple":
         import torch
@@ -205,10 +205,10 @@ class _Coupled(CrossLoaded):
         from gensparse.processors.stages import Couple
         from gensparse.subjects.regions import couple_weights
 
-        masks = torch.from_numpy(self._method.regions.masks(self._size, grid))
-        weights = couple_weights(masks, float(self._method.base_weight), grid).to(self._where[0])
-        texts = [text.to(*self._where) for text in self._texts]
-        negatives = [None if text is None else text.to(*self._where) for text in self._negatives]
+        masks = torch.from_numpy(self._method.regions.masks(self._now.size, grid))
+        weights = couple_weights(masks, float(self._method.base_weight), grid).to(self._now.where[0])
+        texts = [text.to(*self._now.where) for text in self._texts]
+        negatives = [None if text is None else text.to(*self._now.where) for text in self._negatives]
         wanted = any(text is not None for text in negatives)
         return Couple(weights, (None, *texts), (None, *negatives) if wanted else None)
 

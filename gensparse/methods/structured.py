@@ -104,16 +104,15 @@ class _Encoded(CrossLoaded):
             texts.append([phrase for phrase, _ in kept])
         self._spans = tuple(spans)
         self._phrases = self._stage(method, owner, texts)
-        self._reason: str | None = None
 
     def look(self, at: At, arguments: dict[str, Any]) -> None:
-        self._reason = self._check.reason(arguments["encoder_hidden_states"], self.guided(at))
+        self._now.reason = self._check.reason(arguments["encoder_hidden_states"], self.guided(at))
 
     def stages(self, layout: Layout, at: At) -> "Stages | Dense":
         from gensparse.processors.stages import Stages
 
-        if self._reason is not None:
-            return Dense(f"structured: {self._reason}")
+        if self._now.reason is not None:
+            return Dense(f"structured: {self._now.reason}")
         if not any(self._spans):
             return Dense("structured found no noun phrase in the prompt; pass phrases=")
         return Stages(self.guided(at), layout.grid[1:], phrases=self._phrases)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,26 @@ def test_regions_of_some_steps_only(sd15: Any) -> None:
     picture(sd15, steps=4)
     calls = handle.report()["calls"]
     assert calls["sparse"] == sum(calls["dense"].values()) > 0
+
+
+def test_two_threads_at_alternating_sizes_do_not_mix_their_regions(sd15: Any) -> None:
+    grids, expected = [(8, 12), (5, 7)], []
+    inputs = [tiny_inputs("sd15", (1, *grid), text=77) for grid in grids]
+    gensparse.apply(sd15, Regional(regions=[LEFT, RIGHT], guided=False), strict=True)
+    with torch.no_grad():
+        expected = [sd15.unet(**own).sample for own in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            wrong.extend(index for _ in range(4) if not torch.equal(sd15.unet(**inputs[index]).sample, expected[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 # -------------------------------------------------------------------------------------------------- several prompts
