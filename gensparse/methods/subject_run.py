@@ -287,7 +287,7 @@ class SubjectRun(Loaded):
         if not counted and count == 2 and (total % 2 or total // 2 <= self.references(total // 2)):
             count = 1  # a ControlNet that is asked for the conditional half alone
         again = counted and self._is_again(at, total)
-        if again and count == 2 and 2 * total == self._now.total:
+        if again and count == 2 and self.method.halves is None and 2 * total == self._now.total:
             count = 1  # guidance that skips layers asks for the conditional half once more
         if total % count:
             raise ConfigError(
