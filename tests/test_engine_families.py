@@ -326,3 +326,25 @@ def test_guidance_in_halves_changes_no_number() -> None:
         assert seen[:2] == [2, 2]
         assert torch.allclose(parts, whole, atol=1e-5)
         assert set(vars(model)) == before
+
+
+@pytest.mark.parametrize("name", ["sdxl", "qwenimage"])
+def test_what_goes_from_stage_to_stage_is_kept_to_the_picture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gensparse.pipelines import cascade
+
+    source, seen, original = photo(tmp_path / "in.png", 32, 32), [], cascade.kept
+
+    def kept(pictures: torch.Tensor, image: np.ndarray) -> torch.Tensor:
+        seen.append((tuple(pictures.shape[-2:]), np.array_equal(image, np.asarray(Image.open(source)))))
+        found = original(pictures, image)
+        levels = np.rint((found[0].permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8)
+        assert np.abs(area_mean(levels, (32, 32)) - image).mean() < 1
+        return found
+
+    monkeypatch.setattr(cascade, "kept", kept)
+    run(enlarge(name, source, size="128", strength=0.9, faithful=False))
+    assert not seen
+    run(enlarge(name, source, size="128", strength=0.9))
+    assert seen == [((64, 64), True)]

@@ -20,10 +20,11 @@ from gensparse.errors import ConfigError
 from gensparse.highres.resample import keys_kernel
 
 EDGE_PASSES = 4
-TONE_PASSES = 3
+TONE_PASSES = 8
 FLAT = 1.0  # levels per pixel of slope that count as no edge
 STRIP_PIXELS = 1 << 20
 ROUNDING = 0.5  # levels: closer than that, the given picture does not say more
+DONE = 0.005  # levels of mean difference beyond rounding at which tones are done
 RELAXED = 1.4  # an enlargement shrunk again keeps 0.4 to 1 of a difference, by its frequency
 
 Span = tuple[int, int]
@@ -57,7 +58,10 @@ def keep_to(picture: np.ndarray, source: np.ndarray, *, edges: int = EDGE_PASSES
     left = torch.zeros_like(target)
     base = work.clone() if tones else work
     for _ in range(tones):
-        left += RELAXED * _beyond_rounding(target - frame.shrunk(work))
+        error = _beyond_rounding(target - frame.shrunk(work))
+        if float(error.abs().mean()) < DONE:
+            break
+        left += RELAXED * error
         for rows, strip in frame.strips(base):
             added = strip.float() + frame.enlarged(left, rows)
             work[rows[0] : rows[1]] = added.round_().clamp_(0, 255).to(torch.uint8)
