@@ -25,6 +25,7 @@ from gensparse.subjects.masks import to_grid
 
 _READS_TEXT = Policy((("target", "text"),))
 _MASKS = "regions"
+_TILES = {"q_tile": (1, 8, 16), "k_tile": (1, 8, 8)}  # nothing to search for where all keys are text
 
 
 class ViewTexts(NamedTuple):
@@ -172,7 +173,7 @@ class _Regional(NamedTuple):
         lengths = tuple(stop - start for start, stop in texts)
         layout = Layout.image(*call.grid, text=sum(lengths))
         pattern = Regions(text=lengths, masks=_MASKS) & _READS_TEXT
-        plan = build_plan(pattern, layout, data={_MASKS: own.cpu().numpy()}, device=call.q.device)
+        plan = build_plan(pattern, layout, data={_MASKS: own.cpu().numpy()}, device=call.q.device, **_TILES)
         assert isinstance(plan, Plan), "made of a pattern"
         return cls(texts, plan, own.flatten(1).any(0).to(call.q.device))
 

@@ -173,9 +173,13 @@ def three_streams(pipe, call, method, text: int = 16, *, theta: float = 1.0, wei
 
 
 @pytest.mark.parametrize(
-    "method", [SMALL, ScaleDiT(window=4, text_sees_anchors=True), ScaleDiT(window=(2, 6), neighbours="3x3")]
+    ("method", "position", "theta"),
+    [
+        (SMALL, "auto", 10.0),
+        (ScaleDiT(window=4, text_sees_anchors=True), "base", 1.0),
+        (ScaleDiT(window=(2, 6), neighbours="3x3"), "auto", 10.0),
+    ],
 )
-@pytest.mark.parametrize(("position", "theta"), [("auto", 10.0), ("base", 1.0)])
 def test_one_call_equals_three_streams_written_out(pipe, call, method, position, theta):
     expected = three_streams(pipe, call, method, theta=theta)
     own = {"height": 64, "width": 48, "highres": ScaleDiTStages(method=method), "position": position}
