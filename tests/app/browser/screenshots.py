@@ -62,7 +62,7 @@ def main() -> None:
             tools.done(page)
             page.mouse.move(5, 5)
             shoot(page, options.out, "generate")
-            page.set_viewport_size({"width": 1280, "height": 1330})
+            page.set_viewport_size({"width": 1280, "height": 1440})
             lab(page)
             shoot(page, options.out, "lab")
             page.set_viewport_size({"width": 1280, "height": 860})
