@@ -67,8 +67,7 @@ def _draw_form(app: App, form: Form) -> list[Any]:
             allow_custom_value=True,
             min_width=140,
         )
-    with gr.Row():
-        fields["method"], fields["settings"], _ = widgets.attention_choice()
+    fields["method"], fields["settings"], _ = widgets.attention_choice()
     fields |= widgets.numbers(app)
     with gr.Accordion("More", open=False):
         fields["negative_prompt"] = gr.Textbox(

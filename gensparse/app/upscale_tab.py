@@ -92,8 +92,7 @@ def _draw_form(app: App, form: Form) -> list[Any]:
         info="What the picture shows; optional",
         elem_id="gs-upscale-prompt",
     )
-    with gr.Row():
-        fields["method"], fields["settings"], _ = widgets.attention_choice()
+    fields["method"], fields["settings"], _ = widgets.attention_choice()
     with gr.Accordion("More", open=False):
         fields |= widgets.numbers(app)
         fields["highres"] = widgets.highres_choice()

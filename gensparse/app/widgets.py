@@ -1,6 +1,5 @@
 """The widgets that a request is made of; which values they allow is checked again in `forms`."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from gensparse.app.forms import models_here
 from gensparse.app.render import esc
 from gensparse.errors import ConfigError, GensparseError
 from gensparse.highres.ways import WAYS
-from gensparse.methods import METHODS, method_class
+from gensparse.methods import method_class
 from gensparse.methods.describe import describe
 
 SIZES = (
@@ -26,15 +25,20 @@ SIZES = (
     ("16:9 with 8 megapixels", "16:9@8mp"),
 )
 FACTORS = (("1.5 times", "1.5x"), ("2 times", "2x"), ("3 times", "3x"), ("4 times", "4x"))
-NOT_FOR_PICTURES = ("auto", "cosmos_sparse", "freescale", "hidiffusion", "msw_msa", "radial", "schedule", "scale_dit")
-"""Methods that the form does not offer: for videos, for UNets, or too long to type. Their text works all the same."""
+OFFERED = (
+    "clear",
+    "neighborhood",
+    "sliding_window",
+    "double_window",
+    "long_distance",
+    "proxy",
+    "psa",
+    "hilo",
+    "biformer",
+)
+"""Methods that the form lists: those that make any picture cheaper with nothing but numbers. Others can be typed."""
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-
-def supported(kind: Any, **options: Any) -> dict[str, Any]:
-    """Those options that this version of gradio knows."""
-    return {name: value for name, value in options.items() if name in inspect.signature(kind).parameters}
 
 
 def sizes(app: App, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
@@ -63,11 +67,17 @@ def model_choice() -> gr.Dropdown:
 
 def attention_choice() -> tuple[gr.Dropdown, gr.Textbox, gr.Markdown]:
     """Method, its settings, and what they mean."""
-    names = ["auto", "dense", *(name for name in METHODS if name not in NOT_FOR_PICTURES)]
-    method = gr.Dropdown(
-        names, value="auto", label="Attention", info="How large stages attend", allow_custom_value=True, min_width=140
-    )
-    settings = gr.Textbox("", label="Settings", info="key=value, key=value; empty for the defaults", max_length=200)
+    names = ["auto", "dense", *OFFERED]
+    with gr.Row():
+        method = gr.Dropdown(
+            names,
+            value="auto",
+            label="Attention",
+            info="How large stages attend",
+            allow_custom_value=True,
+            min_width=140,
+        )
+        settings = gr.Textbox("", label="Settings", info="key=value, key=value; empty for the defaults", max_length=200)
     about = gr.Markdown(method_words("auto"), elem_classes="gs-quiet")
     method.input(_chosen, method, [settings, about], queue=False, **QUIET)
     method.change(method_words, method, about, queue=False, **QUIET)  # also when another tab fills it

@@ -161,3 +161,13 @@ def test_servers_that_others_can_reach_need_a_password() -> None:
 def test_limits_are_checked(bad: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Settings(limits=Limits(**bad))
+
+
+def test_every_method_that_is_offered_works_with_its_defaults() -> None:
+    for name in widgets.OFFERED:
+        settings, about = widgets._chosen(name)
+        request = generate(SHARED, **widgets.request_values({"method": name, "settings": settings}))
+        assert request.attention.partition(":")[0] == name
+        assert len(about) > 40
+    assert widgets._chosen("nonsense")[0] == ""
+    assert "<b>" not in widgets._chosen("<b>")[1]
