@@ -162,3 +162,19 @@ def test_patterns_stay_light(tmp_path):
     report = "import sys; from gensparse.patterns import Disc, Text; print('PIL' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", report], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(("layout", "scale"), [(Layout.image(5, 7, text=3), 6), (Layout.video(9, 4, 5), 4)])
+def test_a_bare_drawing_tells_which_token_is_where(layout, scale):
+    whole, bare = Box(2).draw(layout, 4, scale=scale), draw_module.drawn(Box(2), layout, 4, scale=scale, bare=True)
+    assert bare.image.height < whole.height  # no title, no legend
+    grid = layout.grid
+    width, height = bare.image.size
+    found = {draw_module.token_at(grid, scale, x, y) for y in range(height) for x in range(width)} - {None}
+    assert found == {(f, y, x) for f in range(grid[0]) for y in range(grid[1]) for x in range(grid[2])}
+    assert draw_module.token_at(grid, scale, -5, -5) is None
+    target = layout.segments[layout.target].length
+    counted = sum(draw_module.token_at(grid, scale, x, y) is not None for y in range(height) for x in range(width))
+    assert counted == target * scale**2
+    mask = Box(2).dense_mask(layout)[0][4]
+    assert (bare.sees, bare.keys) == (mask.sum(), len(mask))
