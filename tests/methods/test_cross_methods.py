@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -410,7 +411,7 @@ def test_what_users_do_to_the_model(prompted: Any) -> None:
     method = Regional(regions=[LEFT, RIGHT])
     gensparse.apply(prompted, method, strict=True)
     regional = picture(prompted)
-    clone = copy.deepcopy(prompted.unet)
+    clone, grouped, compiled = (copy.deepcopy(prompted.unet) for _ in range(3))
     buffer = io.BytesIO()
     pickle.dump(prompted.unet, buffer)
     prompted.unet.fuse_qkv_projections()
@@ -419,6 +420,14 @@ def test_what_users_do_to_the_model(prompted: Any) -> None:
     close(picture(prompted), regional)
     cpu_offload(prompted.unet, execution_device="cpu")
     close(picture(prompted), regional)
+    with torch.no_grad():
+        inputs = tiny_inputs("sd15", (1, 4, 6), text=77)
+        expected = clone(**inputs).sample
+        apply_group_offloading(grouped, onload_device=torch.device("cpu"), offload_type="leaf_level")
+        assert torch.equal(grouped(**inputs).sample, expected)
+        assert gensparse.compile_blocks(compiled, backend="eager") > 0
+        close(compiled(**inputs).sample, expected)
+        torch.compiler.reset()
     gensparse.remove(prompted)
     gensparse.remove(clone)
     assert all(type(processor) is AttnProcessor2_0 for processor in clone.attn_processors.values())
