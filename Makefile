@@ -12,13 +12,16 @@ SEED   ?= 7
 
 BIN := $(VENV)/bin
 
+# test files run side by side in so many processes, each with its share of the cores
+WORKERS ?= 2
+
 .PHONY: picture test lint clean
 
 picture: $(VENV)/.user
 	$(BIN)/gensparse generate "$(PROMPT)" --size $(SIZE) --seed $(SEED)
 
 test: $(VENV)/.dev
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
