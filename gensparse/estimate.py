@@ -174,6 +174,7 @@ class StageShape:
     views: int = 0  # windows of `view` pixels that are computed in place of the whole map, `view_batch` at once
     view: tuple[int, int] = (0, 0)
     view_batch: int = 1
+    beside: int = 1  # pictures in every call, with references beside the one that is made
 
 
 def time_class(seconds: float) -> str:
@@ -283,10 +284,10 @@ def _stage(
 ) -> StageEstimate:
     tokens = arch.tokens(shape.height, shape.width) + n_text
     once = arch.tokens(*shape.view) + n_text if shape.views else tokens  # of one call
-    calls = shape.passes * max(1, shape.views)
+    calls = shape.passes * max(1, shape.views) * shape.beside
     linear, attention = (calls * flops for flops in arch.flops(once))
     attention *= shape.density
-    batch = shape.passes if arch.guidance_in_batch and not memory.halves else 1
+    batch = shape.beside * (shape.passes if arch.guidance_in_batch and not memory.halves else 1)
     batch *= min(shape.view_batch, max(1, shape.views))
     whole, pieces = (int(batch * arch.activation_values(chunked) * size * once) for chunked in (False, True))
     seconds = None

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from gensparse.errors import ConfigError, short, unknown_name
 from gensparse.highres.tiling import parse_tiling
 from gensparse.highres.ways import parse_way
+from gensparse.subjects.naming import check_layout, check_names, parse_subject
 
 VERSION = 1
 MAX_PROMPT_CHARS = 200_000
@@ -270,7 +271,33 @@ class UpscaleRequest(Request):
         _check_float("strength", self.strength, 0.0, 1.0)
 
 
-KINDS: dict[str, type[Request]] = {cls.kind: cls for cls in (GenerateRequest, UpscaleRequest)}
+@dataclass(frozen=True, kw_only=True)
+class CustomizeRequest(GenerateRequest):
+    """Text and pictures of subjects to picture."""
+
+    kind: ClassVar[str] = "customize"
+
+    subject: tuple[str, ...] = ()  # NAME=IMAGE[@MASK] each
+    layout: tuple[tuple[str, float, float, float, float], ...] = ()  # (name, left, top, right, bottom) in 0..1
+    subject_method: str = "freecustom"
+
+    def _normalise(self) -> None:
+        super()._normalise()
+        object.__setattr__(self, "subject", _as_tuple(self.subject))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_word("subject_method", self.subject_method)
+        for item in self.subject:
+            _check_word("subject", item)
+        names = [parse_subject(item)[0] for item in self.subject]
+        if not names:
+            raise ConfigError("no subject is given; add --subject NAME=IMAGE for each, or use generate")
+        check_names(names)
+        object.__setattr__(self, "layout", check_layout(self.layout, names))
+
+
+KINDS: dict[str, type[Request]] = {cls.kind: cls for cls in (GenerateRequest, UpscaleRequest, CustomizeRequest)}
 
 
 def request_from_dict(data: Mapping[str, Any]) -> Request:
@@ -337,9 +364,17 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(out.get(name), str) and _is_path(out[name]):
             out[name] = file_name(out[name])
     out["lora"] = [file_name(item) if _is_path(item) else item for item in out.get("lora", [])]
-    if isinstance(out.get("attention"), str):  # weights and profiles of methods
-        out["attention"] = re.sub(r"(?<==)[^=,;]+", lambda m: _without_folders(m[0]), out["attention"])
+    if "subject" in out:
+        out["subject"] = [_subject_without_folders(item) for item in out["subject"]]
+    for name in ("attention", "subject_method"):  # weights and profiles of methods
+        if isinstance(out.get(name), str):
+            out[name] = re.sub(r"(?<==)[^=,;]+", lambda m: _without_folders(m[0]), out[name])
     return out
+
+
+def _subject_without_folders(text: str) -> str:
+    name, image, mask = parse_subject(text)
+    return f"{name}={file_name(image)}" + ("" if mask is None else f"@{file_name(mask)}")
 
 
 def _without_folders(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gensparse.app.core import App
+from gensparse.app.forms import FIELDS
 from gensparse.app.reload import checked
 from gensparse.engine import presets as own
 from gensparse.engine.reuse import UNTRUSTED
@@ -36,7 +37,7 @@ def load(app: App, owner: str, name: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(unknown_name("preset", str(name), known))
     data = _read(app, owner)[name] if app.settings.shared else own.read_preset(name)
     kind = data.get("kind", GenerateRequest.kind)
-    if kind not in KINDS:
+    if kind not in FIELDS:
         raise ConfigError(f"preset {name!r} is not for this page; load it on the command line")
     kept = {k: v for k, v in data.items() if k in KINDS[kind].__dataclass_fields__ and k not in UNTRUSTED}
     return kind, checked(KINDS[kind], kept)[0]

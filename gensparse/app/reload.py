@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gensparse.app.forms import FIELDS
 from gensparse.engine.reuse import UNTRUSTED, without_files
 from gensparse.errors import ConfigError, short
 from gensparse.image_io import read_metadata, read_parameters
@@ -112,7 +113,7 @@ def _reload(path: str | Path, models: Collection[str] | None) -> Reloaded:
         return Reloaded(GenerateRequest.kind, accepted, dropped, plain(text, LIMIT, lines=True), foreign=True)
     request = metadata["request"]
     kind = request.get("kind", GenerateRequest.kind)
-    if not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in FIELDS:
         raise ConfigError(f"the picture was made by {short(kind)}, which this page has no form for")
     if request.get("version", VERSION) != VERSION:
         raise ConfigError(f"the picture's settings have version {short(request['version'])}; update gensparse")

@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 from gensparse import __version__
-from gensparse.cli import bench, calibrate, env, generate, inspect_file, methods, models, plan, serve, tune, upscale
+from gensparse.cli import (
+    bench,
+    calibrate,
+    customize,
+    env,
+    generate,
+    inspect_file,
+    methods,
+    models,
+    plan,
+    serve,
+    tune,
+    upscale,
+)
 from gensparse.cli.state import FORMATS, STATE, apply_environment
 from gensparse.errors import ConfigError
 
@@ -19,6 +32,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("upscale")(upscale.upscale)
+app.command("customize")(customize.customize)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect_file.inspect_file)
 app.add_typer(models.app, name="models")

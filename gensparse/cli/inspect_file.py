@@ -40,10 +40,12 @@ def inspect_file(
 def _request(metadata: dict[str, Any]) -> "Request":
     """The request in a picture's metadata."""
     from gensparse.engine.reuse import request_of
-    from gensparse.request import GenerateRequest, UpscaleRequest, request_from_dict
+    from gensparse.request import CustomizeRequest, GenerateRequest, UpscaleRequest, request_from_dict
 
     kind = metadata["request"].get("kind", GenerateRequest.kind)
-    source = {"image": "INPUT"} if kind == UpscaleRequest.kind else {}
+    source: dict[str, Any] = {"image": "INPUT"} if kind == UpscaleRequest.kind else {}
+    if kind == CustomizeRequest.kind:
+        source = {"subject": metadata["request"].get("subject", ())}
     return request_from_dict({"kind": kind, **request_of(metadata), **source})
 
 

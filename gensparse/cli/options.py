@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 MODEL, REQUEST, SIZE, SPARSE = "Model", "Request", "Size", "Sparse attention"
-MACHINE, OUTPUT, REUSE = "Machine", "Output", "Reuse"
+MACHINE, OUTPUT, REUSE, SUBJECTS = "Machine", "Output", "Reuse", "Subjects"
 
 
 def _option(kind: Any, *names: str, panel: str, help: str, **more: Any) -> Any:
@@ -67,6 +67,22 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "from_file": _option(Path | None, "--from", panel=REUSE, help="Picture or JSON whose request to repeat; flags win"),
     "preset": _option(_Text, "--preset", panel=REUSE, help="Start from a saved preset", hidden=True),
     "save_preset": _option(_Text, "--save-preset", panel=REUSE, help="Save these settings by name", hidden=True),
+}
+
+SUBJECT_OPTIONS: dict[str, Any] = {
+    "subject": _option(
+        list[str] | None, "--subject", panel=SUBJECTS, help="NAME=IMAGE[@MASK]; repeat for up to 5 subjects"
+    ),
+    "layout": _option(
+        Path | None, "--layout", panel=SUBJECTS, help='JSON: [{"subject": NAME, "box": [x0, y0, x1, y1]}], in 0..1'
+    ),
+    "subject_method": _option(
+        _Text,
+        "--subject-method",
+        panel=SUBJECTS,
+        help="freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned[:key=value,...] "
+        "(freecustom)",
+    ),
 }
 
 OUTPUT_OPTIONS: dict[str, Any] = {

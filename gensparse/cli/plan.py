@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gensparse.cli.options import REQUEST, REQUEST_OPTIONS, SIZE, with_options
+from gensparse.cli.options import REQUEST, REQUEST_OPTIONS, SIZE, SUBJECT_OPTIONS, with_options
 
 if TYPE_CHECKING:
     from gensparse.engine import Resolved
     from gensparse.estimate import Estimate
 
 
-@with_options(REQUEST_OPTIONS)
+@with_options(REQUEST_OPTIONS, SUBJECT_OPTIONS)
 def plan(
     flags: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="Not needed; accepted so that a command can be reused.")] = None,
@@ -34,11 +34,19 @@ def plan(
       gensparse plan --image photo.jpg --size 8k --json
     """
     from gensparse import engine, image_io
-    from gensparse.cli.requests import generate_request, upscale_request
+    from gensparse.cli.requests import customize_request, generate_request, upscale_request
+    from gensparse.errors import ConfigError
 
     extra = {"strength": strength} if image is not None else {}
     given = flags | {k: v for k, v in extra.items() if v is not None}
-    request = generate_request(given, prompt or "-") if image is None else upscale_request(given, prompt, image)
+    if image is not None and any(name in flags for name in SUBJECT_OPTIONS):
+        raise ConfigError("--image and subjects are both given; plan upscale or customize, one at a time")
+    if image is not None:
+        request = upscale_request(given, prompt, image)
+    elif any(name in flags for name in SUBJECT_OPTIONS):
+        request = customize_request(given, prompt or "-")
+    else:
+        request = generate_request(given, prompt or "-")
     picture = image_io.read_image(image) if image is not None else None
     resolved, cost = engine.plan(request, picture=picture)
     show(resolved, cost)

@@ -9,7 +9,7 @@ from typing import Any
 from gensparse.cli.options import OUTPUT_OPTIONS
 from gensparse.cli.state import STATE
 from gensparse.errors import ConfigError, short
-from gensparse.request import MAX_PROMPT_CHARS, GenerateRequest, Request, UpscaleRequest
+from gensparse.request import MAX_PROMPT_CHARS, CustomizeRequest, GenerateRequest, Request, UpscaleRequest
 
 _NOT_FIELDS = ("width", "height", "config", "from_file", "preset", "save_preset", *OUTPUT_OPTIONS)
 
@@ -22,6 +22,17 @@ def generate_request(flags: Mapping[str, Any], prompt: str | None) -> GenerateRe
 def upscale_request(flags: Mapping[str, Any], prompt: str | None, image: Path) -> UpscaleRequest:
     """The request of `upscale` for one picture."""
     return _build(UpscaleRequest, flags, prompt, {"image": str(image)})
+
+
+def customize_request(flags: Mapping[str, Any], prompt: str | None) -> CustomizeRequest:
+    """The request of `customize`, and of `plan` with subjects."""
+    own = {k: v for k, v in flags.items() if k != "layout"}
+    places = {}
+    if "layout" in flags:
+        from gensparse.subjects.naming import read_layout
+
+        places = {"layout": read_layout(flags["layout"])}
+    return _build(CustomizeRequest, own, prompt, places)
 
 
 def _build(cls: type[Request], flags: Mapping[str, Any], prompt: str | None, own: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gensparse.engine.machine import quantizer, torch_dtype
+from gensparse.engine.subjects import CLASSES
 from gensparse.errors import ConfigError, ModelError
 from gensparse.models import PICKLES, ModelRef
 
@@ -14,16 +15,24 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(
-    ref: ModelRef, dtype: str, device: str, offload: str, lora: Sequence[str], *, quantize: str = "none"
+    ref: ModelRef,
+    dtype: str,
+    device: str,
+    offload: str,
+    lora: Sequence[str],
+    *,
+    quantize: str = "none",
+    subjects: bool = False,
 ) -> Any:
     """Load the high-resolution pipeline of a checked model. Raises ModelError when the files do not load.
 
     Args:
         quantize: "none", "fp8", "int8" or "nf4": how the denoiser's weights are stored; the rest stays in `dtype`.
+        subjects: the pipeline that takes them.
     """
     at_once = quantize in ("int8", "nf4")  # these are stored so while they are read
     with _no_bars():
-        pipe = _load_weights(ref, torch_dtype(dtype), quantize if at_once else "none")
+        pipe = _load_weights(ref, torch_dtype(dtype), quantize if at_once else "none", subjects)
     adapters = dict(_load_lora(pipe, item) for item in lora)
     if adapters and at_once:  # beside the weights: those are stored in fewer bits than could take it
         pipe.set_adapters(list(adapters), list(adapters.values()))
@@ -62,11 +71,11 @@ def _quantization(part: str, quantize: str, dtype: "torch.dtype") -> dict[str, A
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping={part: config})}
 
 
-def _load_weights(ref: ModelRef, dtype: "torch.dtype", quantize: str) -> Any:
+def _load_weights(ref: ModelRef, dtype: "torch.dtype", quantize: str, subjects: bool) -> Any:
     from gensparse import pipelines
 
     row = ref.info.row
-    cls = getattr(pipelines, row.highres)
+    cls = getattr(pipelines, CLASSES[row.highres] if subjects else row.highres)
     assert ref.folder is not None, "models without files can only be planned"
     if ref.embedded and quantize == "none":
         from gensparse.embedded import load_folder

@@ -7,7 +7,7 @@ from gensparse.engine.values import Resolved
 from gensparse.errors import ConfigError
 from gensparse.highres.ways import AUTO, WAYS, Asked, parse_way
 from gensparse.models import ModelInfo
-from gensparse.request import Request, UpscaleRequest
+from gensparse.request import CustomizeRequest, Request, UpscaleRequest
 
 if TYPE_CHECKING:
     from gensparse.highres.stages import Stage
@@ -163,6 +163,8 @@ def takes_strength(resolved: Resolved) -> bool:
 
 def can_halve(resolved: Resolved) -> bool:
     """Whether both halves of the guidance can run one after the other: they are a batch, and the way allows it."""
+    if isinstance(resolved.request, CustomizeRequest):  # subjects read both halves from one batch
+        return False
     return resolved.info.architecture.guidance_in_batch and WAYS[acting_way(resolved).name].halves
 
 

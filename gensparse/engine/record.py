@@ -21,6 +21,7 @@ def build_metadata(
     attention: list[dict[str, Any]],
     source: Picture | None,
     key: str | None = None,
+    subjects: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is written into a picture; no date, so that the same request gives the same file."""
     import torch
@@ -45,6 +46,8 @@ def build_metadata(
     }
     if source is not None:
         out["source_sha256"] = source.sha256
+    if subjects is not None:
+        out["subjects_sha256"] = {name: dict(files) for name, files in subjects.items()}
     if key is not None:
         out["key"] = key
     return out

@@ -17,6 +17,7 @@ from gensparse.engine.machine import (
     quantizers,
 )
 from gensparse.engine.plans import acting_way, asked_way, is_large, planned_stages
+from gensparse.engine.subjects import check_customize, pictures_beside
 from gensparse.engine.values import Resolved
 from gensparse.errors import ConfigError
 from gensparse.estimate import DTYPE_BYTES, Estimate, Memory, StageShape, calibrate, estimate, stored_bytes
@@ -68,6 +69,7 @@ def resolve_request(
     notes: list[str] = []
     _check_prompt(request, info)
     check_attention(request.attention)
+    check_customize(request, info)
     asked = asked_way(request, info)
     height, width = _target_size(request, info, picture, notes)
     device = pick_device(request.device, must_exist=device_must_exist)
@@ -222,7 +224,7 @@ def _shape(resolved: Resolved, stage: "Stage", *, native: bool) -> StageShape:
     guided = uses_negative(info, resolved.request.guidance or 0.0)
     passes = 2 if guided and (native or info.row.guides == "all") else 1
     if native:
-        return StageShape(*size, stage.steps, passes=passes)
+        return StageShape(*size, stage.steps, passes=passes, beside=pictures_beside(resolved.request))
     windows = _windows(resolved, size)
     if windows is not None:
         return StageShape(*size, stage.steps, passes=passes, **windows)

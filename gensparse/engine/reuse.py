@@ -6,9 +6,9 @@ from typing import Any
 
 from gensparse.errors import ConfigError
 from gensparse.models import looks_like_path
-from gensparse.request import UpscaleRequest, request_from_dict
+from gensparse.request import CustomizeRequest, UpscaleRequest, request_from_dict
 
-UNTRUSTED = ("trust_remote_code", "device", "offload", "max_vram", "local_files_only", "token", "image")
+UNTRUSTED = ("trust_remote_code", "device", "offload", "max_vram", "local_files_only", "token", "image", "subject")
 """Fields of a request that a stranger's file may not decide: they name this machine, its files or its secrets."""
 
 FILES_OF_METHODS = ("weights", "profile", "regions", "mask")
@@ -28,6 +28,8 @@ def request_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("model"), str) and looks_like_path(kept["model"]):
         raise ConfigError("the request names a model by a path, which is not followed; name the model with -m")
     probe = {**kept, "image": "x"} if kept.get("kind") == UpscaleRequest.kind else kept
+    if kept.get("kind") == CustomizeRequest.kind:
+        probe = {**kept, "subject": data.get("subject", ())}
     checked = request_from_dict(probe).to_dict()
     return {k: checked[k] for k in kept if k not in ("kind", "version")}
 

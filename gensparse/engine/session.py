@@ -18,6 +18,7 @@ from gensparse.engine.plans import asked_way, can_halve, guidance_in_halves
 from gensparse.engine.record import build_metadata, length_warnings, word_warnings
 from gensparse.engine.resolve import estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
+from gensparse.engine.subjects import Cast, arguments_of, read_cast
 from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
 from gensparse.engine.watch import StepWatch, decode_guard, float32_vae
 from gensparse.errors import Cancelled, NumericsError, WontFitError
@@ -37,6 +38,7 @@ class Session:
         ref: the model, already checked.
         device, dtype, offload, quantize: as the first request resolved them.
         lora: LoRA files or hub ids, each with an optional `:scale`.
+        subjects: whether the pipeline takes subjects.
         loader: builds the pipeline; tests pass their own.
     """
 
@@ -49,10 +51,11 @@ class Session:
         offload: str = "none",
         quantize: str = "none",
         lora: Sequence[str] = (),
+        subjects: bool = False,
         loader: Callable[..., Any] | None = None,
     ) -> None:
         self.ref, self.device, self.dtype, self.offload = ref, device, dtype, offload
-        self.lora, self.quantize = tuple(lora), quantize
+        self.lora, self.quantize, self.subjects = tuple(lora), quantize, subjects
         self._loader = loader or load_pipeline
         self._pipe: Any = None
         self._lock = threading.Lock()
@@ -61,7 +64,8 @@ class Session:
     def pipe(self) -> Any:
         """The pipeline, loaded on first use."""
         if self._pipe is None:
-            more = {} if self.quantize == "none" else {"quantize": self.quantize}
+            more: dict[str, Any] = {} if self.quantize == "none" else {"quantize": self.quantize}
+            more |= {"subjects": True} if self.subjects else {}
             self._pipe = self._loader(self.ref, self.dtype, self.device, self.offload, self.lora, **more)
         return self._pipe
 
@@ -85,6 +89,7 @@ class Session:
         output: OutputOptions | None = None,
         *,
         picture: Picture | None = None,
+        cast: Cast | None = None,
         on_event: Callable[[Event], None] | None = None,
         cancel: threading.Event | None = None,
         expected: Estimate | None = None,
@@ -94,7 +99,7 @@ class Session:
         Raises Cancelled (finished pictures stay), NumericsError, WontFitError, OutputError, ModelError.
         """
         with self._lock:
-            job = _Job(self, resolved, output or OutputOptions(), picture, on_event, cancel, expected)
+            job = _Job(self, resolved, output or OutputOptions(), picture, on_event, cancel, expected, cast)
             return job.run()
 
 
@@ -109,6 +114,7 @@ class _Job:
     on_event: Callable[[Event], None] | None
     cancel: threading.Event | None
     expected: Estimate | None
+    cast: Cast | None = None
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     done: list[Output] = field(default_factory=list)
@@ -195,6 +201,7 @@ class _Job:
         pipe = self.session.pipe
         pipe.set_progress_bar_config(disable=True)
         arguments = call_arguments(self.resolved, request.replace(tile=self.tile), seed)
+        arguments |= arguments_of(request, self.cast)
         if self.source is not None:
             arguments["image"] = padded_source(self.source.image, self.resolved)
         live, on_stage = self._is_live(pipe), partial(self._stage_done, store)
@@ -279,7 +286,7 @@ class _Job:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     def _store(self, request: Request) -> StageCache:
-        key = stage_key(request, self.resolved, self.source)
+        key = stage_key(request, self.resolved, self.source, None if self.cast is None else self.cast.facts)
         folders = [root / key for root in (self.output.stages_dir, *self.output.also_read) if root is not None]
         return StageCache(folders, writable=self.output.stages_dir is not None, keep_native=self.source is None)
 
@@ -348,6 +355,7 @@ class _Job:
             attention=self.reports,
             source=self.source,
             key=self.output.key,
+            subjects=None if self.cast is None else self.cast.facts,
         )
         return metadata if self.output.prompt_in_metadata else image_io.without_prompt(metadata)
 
@@ -389,6 +397,7 @@ class Runner:
         Raises the error classes of `gensparse.errors`; WontFitError before any weight is loaded.
         """
         picture = image_io.read_image(request.image) if isinstance(request, UpscaleRequest) else None
+        cast = read_cast(request)
         check_lora(request.lora)
         known = registered(request.model)
         if known is not None:  # what its family cannot do need not be downloaded
@@ -399,7 +408,9 @@ class Runner:
         image_io.check_side(output.image_format, resolved.height, resolved.width)
         resolved, expected = fitting_estimate(resolved)
         session = self._session_for(ref, resolved)
-        return session.run(resolved, output, picture=picture, on_event=on_event, cancel=cancel, expected=expected)
+        return session.run(
+            resolved, output, picture=picture, cast=cast, on_event=on_event, cancel=cancel, expected=expected
+        )
 
     def prepare(self, request: Request) -> None:
         """Load what a request needs before it comes. Raises as `execute`."""

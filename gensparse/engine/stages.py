@@ -102,16 +102,20 @@ def _report_path(folder: Path, index: int) -> Path:
     return folder / f"stage-{index}.json"
 
 
-def stage_key(request: Request, resolved: Resolved, source: Picture | None) -> str:
+def stage_key(
+    request: Request, resolved: Resolved, source: Picture | None, subjects: Mapping[str, Any] | None = None
+) -> str:
     """Name of the folder of a picture's stages: everything that decides its bits except the final size."""
     import torch
 
     data = request.replace(size=None).to_dict()
-    for name in request.machine_fields | request.piece_fields | {"round", "image"}:
+    for name in request.machine_fields | request.piece_fields | {"round", "image", "subject"}:
         data.pop(name, None)
     if request.highres in _SAME_NATIVE:
         data.pop("highres")
     data |= {"device": resolved.device, "threads": torch.get_num_threads(), "versions": versions()}
     data["source"] = source.sha256 if source else None
+    if subjects is not None:  # by their bytes and their order, not by their files' names
+        data["subjects"] = list(subjects.items())
     data["size"] = resolved.request.size if source else None
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]

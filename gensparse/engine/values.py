@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gensparse.models import ModelInfo
-from gensparse.request import Request
+from gensparse.request import CustomizeRequest, Request
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,6 +115,7 @@ class Resolved:
             "offload": self.request.offload,
             "quantize": self.request.quantize,
             "lora": self.request.lora,
+            "subjects": isinstance(self.request, CustomizeRequest),
         }
 
     def picture(self, seed: int) -> Request:

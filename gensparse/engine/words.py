@@ -133,6 +133,8 @@ def python_of(request: Request) -> str:
 
 def _flag(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
+    if name == "layout":
+        return [flag, "LAYOUT.json"]
     if name == "dense_layers":
         return [f"{flag}={','.join(map(str, value))}"]
     values = value if isinstance(value, tuple) else (value,)

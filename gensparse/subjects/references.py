@@ -22,7 +22,7 @@ class Reference:
     Args:
         name: a word or words for it; where a method looks for it in the prompt, it looks for these.
         picture: a file, a PIL picture, or an array [H, W, 3] of bytes, of any size.
-        mask: where it is in that picture, see `read_mask`; None for all of it.
+        mask: where it is in that picture, see `read_mask`; None for all of it that is not transparent.
         region: where it is to be: (left, top, right, bottom) in shares of width and height, or a mask; None where the
             method finds that out or needs none.
         prompt: of its picture; by default the name.
@@ -63,7 +63,7 @@ class Reference:
         """
         from PIL import Image
 
-        picture = opened(self.picture, self.name)
+        picture, cut = opened(self.picture, self.name)
         scale = min(size[0] / picture.height, size[1] / picture.width)
         inner = tuple(
             max(1, min(whole, round(side * scale))) for side, whole in zip(_sides(picture), size, strict=True)
@@ -73,7 +73,7 @@ class Reference:
             ((whole - side) // 2, whole - side - (whole - side) // 2) for side, whole in zip(inner, size, strict=True)
         ]
         pixels = torch.from_numpy(np.pad(small, (*margins, (0, 0)), mode="edge"))
-        area = _framed(torch.ones(inner, dtype=torch.bool), margins)
+        area = _framed(torch.ones(inner, dtype=torch.bool) if cut is None else to_grid(cut, inner).bool(), margins)
         own = None if self.mask is None else _framed(to_grid(read_mask(self.mask), inner).bool(), margins)
         if own is not None and not bool(own.any()):
             raise ConfigError(f"The mask of {self.name!r} keeps nothing; paint the subject white.")
@@ -87,7 +87,7 @@ class Fitted:
     Args:
         pixels: [1, 3, H, W] in -1..1.
         mask: bool [H, W], the subject; None where no mask was given.
-        area: bool [H, W], the picture itself without repeated borders.
+        area: bool [H, W], the picture itself without repeated borders and what is transparent.
     """
 
     pixels: Tensor
@@ -115,8 +115,8 @@ def checked_references(subjects: Any) -> tuple[Reference, ...]:
     return items
 
 
-def opened(picture: Any, name: str) -> Any:
-    """A reference picture as an upright RGB PIL picture, on white where it is transparent.
+def opened(picture: Any, name: str) -> tuple[Any, Tensor | None]:
+    """A reference picture, upright, RGB and on white, and where it is not transparent (None for everywhere).
 
     Raises:
         ConfigError: no file, no picture, or a value of another kind.
@@ -139,12 +139,14 @@ def opened(picture: Any, name: str) -> Any:
             f"The picture of {name!r} is of type {type(picture).__name__}; pass a file, a PIL picture, or an array "
             "[H, W, 3] of bytes."
         )
-    picture = ImageOps.exif_transpose(picture)
+    picture, cut = ImageOps.exif_transpose(picture), None
     if "A" in picture.getbands() or "transparency" in picture.info:
         layered = picture.convert("RGBA")
+        low, high = layered.getchannel("A").getextrema()
+        cut = read_mask(layered) if low != high else None
         ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(ground, layered)
-    return picture.convert("RGB")
+    return picture.convert("RGB"), cut
 
 
 def _reason(error: Exception) -> str:

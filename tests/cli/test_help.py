@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from gensparse.cli import split_token
-from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST_OPTIONS
+from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST_OPTIONS, SUBJECT_OPTIONS
 from gensparse.cli.state import hoist_globals
 
 Cli = Callable[..., tuple[int, str, str]]
 VERBS = (
     "generate",
     "upscale",
+    "customize",
     "plan",
     "inspect",
     "env",
@@ -73,7 +74,7 @@ def test_version(cli: Cli) -> None:
 
 def test_every_flag_is_documented(cli: Cli) -> None:
     text = DOCS.read_text(encoding="utf-8")
-    listed = {name.replace("_", "-") for name in (*REQUEST_OPTIONS, *OUTPUT_OPTIONS)} - {"from-file"}
+    listed = {name.replace("_", "-") for name in (*REQUEST_OPTIONS, *SUBJECT_OPTIONS, *OUTPUT_OPTIONS)} - {"from-file"}
     missing = [name for name in sorted(listed | {"from"}) if f"--{name}" not in text]
     assert not missing
 

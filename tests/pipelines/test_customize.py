@@ -268,6 +268,18 @@ def test_pictures_keep_their_ratio(own, size) -> None:
     assert torch.equal(fitted.mask, fitted.area)
 
 
+def test_what_is_transparent_is_no_subject() -> None:
+    cut = picture(4, 8, 12).convert("RGBA")
+    cut.putalpha(Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 6, 1).repeat(8, 0)))
+    fitted = Reference("cat", cut).fitted((16, 24))
+    assert fitted.mask is None
+    assert not fitted.shown[:, :12].any()
+    assert fitted.shown[:, 12:].all()
+    assert (fitted.pixels[..., :7] > 0.99).all()
+    cut.putalpha(200)
+    assert Reference("cat", cut).fitted((16, 24)).shown is None
+
+
 def test_noise_of_references_follows_step_and_setting() -> None:
     assert subject_method("isolation").name == "isolation_reposition"
     clean = torch.zeros(2, 3, 5)
