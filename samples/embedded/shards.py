@@ -60,7 +60,7 @@ class Collection:
             ConfigError: no shard of any wanted kind.
         """
         if look or not self.ready:
-            self.ready = {kind for kind, source in self.sources.items() if source.refresh()}
+            self.ready = {kind for kind in wanted if self.sources[kind].refresh()}
         kinds = {kind: weight for kind, weight in wanted.items() if kind in self.ready}
         if not kinds:
             raise ConfigError(f"no shards of {', '.join(wanted)} in {self.folder}; make some with encode.py first")
