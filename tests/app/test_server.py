@@ -169,9 +169,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visitor(server: Running) -> Iterator[Visitor]:
     """One whose page is open all the time."""
+    made = Visitor(server.url)
+    with made.page():
+        yield made
+
+
+@pytest.fixture
+def newcomer(server: Running) -> Iterator[Visitor]:
+    """One who has done nothing yet."""
     made = Visitor(server.url)
     with made.page():
         yield made
@@ -233,12 +241,12 @@ def run(visitor: Visitor, number: int, data: list[Any]) -> list[Any]:
     return answer.json()["data"]
 
 
-def test_a_page_that_is_loaded_again_finds_its_job(server: Running, visitor: Visitor) -> None:
-    first = press(visitor, "gs-generate-run", Prompt="a red circle", Size="512x512", Steps=100, Attention="dense")
+def test_a_page_that_is_loaded_again_finds_its_job(server: Running, newcomer: Visitor) -> None:
+    first = press(newcomer, "gs-generate-run", Prompt="a red circle", Size="512x512", Steps=100, Attention="dense")
     assert "gs-card" in first[0]
     assert 'role="alert"' not in first[0], first[0]
     again = Visitor(server.url, cookie=False)
-    again.http.cookies = visitor.http.cookies
+    again.http.cookies = newcomer.http.cookies
     config = again.http.get("/config").json()
     loads = [d for d in config["dependencies"] if d["targets"] == [[0, "load"]] and not d["inputs"]]
     found = [data for data in (run(again, d["id"], []) for d in loads) if isinstance(data[0], str)]
@@ -268,21 +276,21 @@ def watch(visitor: Visitor) -> dict[str, Any]:
         time.sleep(0.2)
 
 
-def test_a_picture_is_compared_with_its_draft_and_with_dense_attention(server: Running, visitor: Visitor) -> None:
+def test_a_picture_is_compared_with_its_draft_and_with_dense_attention(server: Running, newcomer: Visitor) -> None:
     widgets = {"Size": "512x512", "Steps": 2, "Attention": "clear", "Settings": "radius=2"}
-    press(visitor, "gs-generate-run", Prompt="a red circle", **widgets)
-    shown = watch(visitor)
+    press(newcomer, "gs-generate-run", Prompt="a red circle", **widgets)
+    shown = watch(newcomer)
     assert "gs-viewer" in shown["gs-generate-result"]
     assert "--attention clear:radius=2" in shown["gs-generate-command"]
     assert "sparse attention in 1 of" in str(shown["gs-generate-card"])
     assert shown["gs-generate-dense"]["visible"]
-    slider, _ = press(visitor, "gs-generate-native")
-    press(visitor, "gs-generate-dense")
-    dense = watch(visitor)["gs-generate-slider"]
+    slider, _ = press(newcomer, "gs-generate-native")
+    press(newcomer, "gs-generate-dense")
+    dense = watch(newcomer)["gs-generate-slider"]
     for pair in (slider["value"], dense["value"]):
         sizes = []
         for file in pair:
-            answer = visitor.http.get(f"/gradio_api/file={file['path']}")
+            answer = newcomer.http.get(f"/gradio_api/file={file['path']}")
             sizes.append(Image.open(io.BytesIO(answer.content)).size)
             assert Visitor(server.url).http.get(f"/gradio_api/file={file['path']}").status_code == 403
         assert sizes == [(512, 512)] * 2
