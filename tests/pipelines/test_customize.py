@@ -1,5 +1,8 @@
 """Subjects in tiny pipelines of stages, end to end: who sees what, callbacks, larger stages, refusals, nothing left."""
 
+import copy
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,8 @@ from gensparse.errors import ConfigError
 from gensparse.methods import FreeCustom, ReferenceOnly
 from gensparse.pipelines import FluxCustomizePipeline, SD15CustomizePipeline, SDXLCustomizePipeline
 from gensparse.pipelines.customize import joined, noise_at, parted, rejoined, subject_method
+from gensparse.pipelines.unet_stages import noise_levels
+from gensparse.subjects.inversion import inverted, seen
 from gensparse.subjects.read_masks import box_mask
 from gensparse.testing.tiny import tiny_pipeline
 
@@ -144,6 +149,47 @@ def test_callbacks_see_the_pictures_alone(name, pipe) -> None:
     assert len(seen) == 3
     assert not torch.equal(out, plain)
     assert torch.equal(out, pipe(**call(name), subjects=[CAT, DOG]).images)
+
+
+def test_inverted_references_are_what_the_model_draws_again(name, stock, monkeypatch) -> None:
+    """From the first latents of a refined inversion diffusers' own pipeline comes back to the picture."""
+    module = "flux_customize" if name == "flux" else "unet_customize"
+    monkeypatch.setattr(f"gensparse.pipelines.{module}.inverted", partial(inverted, rounds=15))
+
+    class Noting(CLASSES[name]):
+        def _inverted(self, *args):
+            self.path = super()._inverted(*args)
+            return self.path
+
+    pipe = Noting.from_pipe(stock)
+    pipe.set_progress_bar_config(disable=True)
+    steps = {"num_inference_steps": 12, "output_type": "latent", "prompt": "a cat"}
+    pipe(**call(name, **steps), subjects=[CAT], subject_method="masactrl:start=0")
+    first, clean = pipe.path[0], pipe.path[-1]
+    alone = call(name, **steps, guidance_scale=1.0)
+    if name != "flux":
+        scheduler = copy.deepcopy(stock.scheduler)
+        scheduler.set_timesteps(12)
+        sigmas = noise_levels(scheduler).sigmas
+        keeps = hasattr(scheduler, "init_noise_sigma") and float(scheduler.init_noise_sigma) == 1
+        first = seen(first, sigmas[0]) if keeps else first / scheduler.init_noise_sigma
+        clean = seen(clean, sigmas[-1]) if keeps else clean
+    again = stock(**alone, latents=first).images
+    other = stock(**alone).images
+    assert (again - clean).norm() < 1e-2 * (other - clean).norm()
+
+
+def test_sketches_are_of_the_picture() -> None:
+    pipe, shown = FluxCustomizePipeline.from_pipe(tiny_pipeline("flux")), []
+    pipe.set_progress_bar_config(disable=True)
+
+    def note(pipe, i, t, values):
+        shown.append((values["clean"].shape[0], pipe.sketch(values["clean"]).size))
+        return {}
+
+    given = {"callback_on_step_end": note, "callback_on_step_end_tensor_inputs": ["clean"]}
+    pipe(**call("flux"), **given, subjects=[CAT, DOG])
+    assert shown == [(1, (40, 24))] * 3
 
 
 def test_a_run_can_be_interrupted(name, pipe) -> None:
