@@ -59,7 +59,7 @@ def spelled(layout: Layout, sees) -> np.ndarray:
         (Box(1), lambda p, q: all(abs(a - b) <= 1 for a, b in zip(p, q, strict=True))),
         (Blocks(3), lambda p, q: all(a // 3 == b // 3 for a, b in zip(p, q, strict=True))),
     ],
-    ids=repr,
+    ids=["disc", "box", "blocks"],
 )
 def test_mask_is_the_window_on_pictures_of_one_grid_and_everything_between_others(layout, pattern, sees):
     order = layout.order()
