@@ -24,7 +24,7 @@ from gensparse.estimate import DTYPE_BYTES, Estimate, Memory, StageShape, calibr
 from gensparse.highres.ways import WAYS
 from gensparse.image_io import Header, Picture
 from gensparse.models import ModelInfo, ModelRef, resolve
-from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
+from gensparse.request import CustomizeRequest, GenerateRequest, Request, UpscaleRequest, parse_size
 
 if TYPE_CHECKING:
     from gensparse.highres.stages import Stage
@@ -69,8 +69,8 @@ def resolve_request(
     notes: list[str] = []
     _check_prompt(request, info)
     check_attention(request.attention)
-    check_customize(request, info)
     asked = asked_way(request, info)
+    check_customize(request, info, asked)
     height, width = _target_size(request, info, picture, notes)
     device = pick_device(request.device, must_exist=device_must_exist)
     _check_quantize(request, device, notes, must_exist=device_must_exist)
@@ -214,7 +214,9 @@ def _planned(device: str) -> tuple[str, ...]:
 def stage_shapes(resolved: Resolved) -> list[StageShape]:
     """Sizes, steps and attention of every stage, as the pipeline will run them."""
     stages = planned_stages(resolved)
-    drafted = not isinstance(resolved.request, UpscaleRequest) and (len(stages) > 1 or not is_large(resolved))
+    request = resolved.request
+    small = len(stages) > 1 or not is_large(resolved) or isinstance(request, CustomizeRequest)  # subjects act densely
+    drafted = not isinstance(request, UpscaleRequest) and small
     return [_shape(resolved, stage, native=drafted and k == 0) for k, stage in enumerate(stages)]
 
 

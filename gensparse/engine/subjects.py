@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gensparse import image_io
 from gensparse.errors import ConfigError
+from gensparse.highres.ways import WAYS, Asked
 from gensparse.models import ModelInfo
 from gensparse.request import CustomizeRequest, Request
 from gensparse.subjects.naming import parse_subject
@@ -19,6 +20,9 @@ CLASSES = {
     "SD15HighresPipeline": "SD15CustomizePipeline",
 }
 """Pipeline of stages -> the same with subjects, both in `gensparse.pipelines`."""
+
+AT_ONCE = ("none", "direct")
+"""Ways that have no stage beyond the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +63,11 @@ def read_cast(request: Request) -> Cast | None:
     return Cast(tuple(references), facts)
 
 
-def check_customize(request: Request, info: ModelInfo) -> None:
+def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
     """Refuse what a model or a method cannot do, before any weight is read; nothing for requests without subjects.
+
+    Args:
+        asked: the way to the size.
 
     Raises:
         ConfigError: a family without a pipeline for subjects, an unknown method, subjects without what it needs, or
@@ -73,6 +80,15 @@ def check_customize(request: Request, info: ModelInfo) -> None:
         raise ConfigError(
             f"customize works with FLUX.1, Stable Diffusion XL and Stable Diffusion 1.5, not with {row.title} "
             f"({info.alias}); choose another -m"
+        )
+    if WAYS[asked.name].method:
+        raise ConfigError(
+            f"--highres {asked.name} has attention of its own where subjects act; use --highres cascade or none"
+        )
+    if asked.name in AT_ONCE and request.attention not in ("auto", "dense"):
+        raise ConfigError(
+            f"--attention {request.attention} would act in the first stage, where subjects do; use --highres cascade, "
+            "whose larger stages take it, or leave --attention out"
         )
     from gensparse.pipelines.customize import check_subjects, subject_method
 

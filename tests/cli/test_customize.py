@@ -108,7 +108,13 @@ def test_the_plan_counts_references(cli: Cli, pictures: Path) -> None:
         return json.loads(ran.out)["stages"][0]["linear_flops"]
 
     assert work(*CAT, *DOG) == pytest.approx(3 * work())
+    assert work(*CAT, "--size", "2048", "--highres", "none") == pytest.approx(
+        2 * work("--size", "2048", "--highres", "none")
+    )
     assert cli("plan", "--image", "in/cat.png", *CAT).code == 2
+    other = cli("plan", "-m", "sdxl", *CAT, "--highres", "hidiffusion")
+    assert other.code == 2
+    assert "attention of its own" in other.err
 
 
 MISTAKES = {
@@ -164,7 +170,7 @@ def test_boxes_lie_in_the_picture(cli: Cli, pictures: Path, no_weights: None, bo
 
 
 def test_mistakes_are_found_before_weights(cli: Cli, pictures: Path, no_weights: None) -> None:
-    for mistake in MISTAKES.keys() - {"needs both", "attention"}:
+    for mistake in MISTAKES.keys() - {"needs both"}:
         assert cli("customize", "a cat", *TINY, *MISTAKES[mistake][0]).code == 2
 
 
