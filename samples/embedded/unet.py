@@ -26,7 +26,7 @@ NATIVE_CELLS = 32  # latent cells per side
 # probability of each kind of batch, before and after the first `--whole-steps`
 WHOLE = {"whole": 1.0}
 MIXTURE = {"native": 0.72, "whole": 0.1, "close": 0.13, "wide": 0.05}
-BATCH = {"whole": 64, "native": 24, "close": 24, "wide": 24}
+BATCH = {"whole": 40, "native": 24, "close": 24, "wide": 24}
 LOG_SIGMA = {"whole": (0.2, 1.2), "native": (0.3, 1.2), "wide": (0.3, 1.2), "close": (-0.3, 1.1)}
 # The background's colour is decided where the noise of a picture's mean is as large as the mean: sigma 3 to 30.
 FAR, FAR_SHARE = math.log(3.0), 0.15
