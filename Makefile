@@ -21,7 +21,7 @@ picture: $(VENV)/.user
 	$(BIN)/gensparse generate "$(PROMPT)" --size $(SIZE) --seed $(SEED)
 
 test: $(VENV)/.dev
-	$(BIN)/python -P -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -P -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
