@@ -303,9 +303,7 @@ class Handle:
             yield
 
     @contextmanager
-    def writing(
-        self, *names: str, keep_on: torch.device | str | None = None
-    ) -> "Iterator[None]":
+    def writing(self, *names: str, keep_on: torch.device | str | None = None) -> "Iterator[None]":
         """Inside, the reference pictures of every call are kept in a bank, by step and layer, for later runs.
 
         Afterwards references come from the bank, and batches hold generated pictures alone, until `forget`.

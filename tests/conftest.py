@@ -1,7 +1,7 @@
 """Makes the shared helpers of this folder (golden_files) importable from every test module.
 
-Where several processes run the tests, each takes its share of the cores: before torch is imported, so that commands that
-tests start do the same.
+Where several processes run the tests, each takes its share of the cores: before torch is imported, so that commands
+that tests start do the same.
 """
 
 import os
