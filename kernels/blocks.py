@@ -10,7 +10,7 @@ from .dense import attend_block, compute_dtype, splits_scores
 from .finite import contained
 from .heads import Heads, bias_of_heads, group_rows, heads_first, heads_last, in_order
 
-CHUNK_BYTES = 1 << 23  # gathered keys, values and scores of one step and pair of threads: stays near the cache
+CHUNK_BYTES = 1 << 22  # gathered keys, values and scores of one step and pair of threads: stays near the cache
 PIECE_QUERIES = 32  # of fewer than 192 queries torch's fused CPU kernel multiplies so many at a time
 _PIECES_FROM = 0.95  # share of the keys above which it does not pay to attend a tile piece by piece
 
