@@ -74,6 +74,8 @@ def resolve_request(
     height, width = _target_size(request, info, picture, notes)
     device = pick_device(request.device, must_exist=device_must_exist)
     _check_quantize(request, device, notes, must_exist=device_must_exist)
+    if device == "cpu" and request.max_vram and not device_must_exist:
+        notes.append("--max-vram is counted as main memory of this CPU; --device cuda plans for a GPU of that size")
     steps = request.steps if request.steps is not None else int(info.steps)
     dense_steps = min(request.dense_steps, steps)
     if dense_steps != request.dense_steps:
@@ -136,12 +138,27 @@ def _target_size(
         (height, width), _ = parse_size(request.size or "2x").resolve(base=picture.size, multiple=1)
         if request.round == "strict":
             parse_size(f"{width}x{height}").resolve(base=picture.size, multiple=multiple, rounding="strict")
+        if note := _stretch(picture.size, (height, width)):
+            notes.append(note)
         return height, width
     native = (info.native_size, info.native_size)
     size, note = parse_size(request.size or "1x").resolve(base=native, multiple=multiple, rounding=request.round)
     if note:
         notes.append(note)
     return size
+
+
+def _stretch(source: tuple[int, int], target: tuple[int, int]) -> str | None:
+    """What another aspect ratio than the picture's does to it; rounding to whole pixels is not worth a word."""
+    down, across = target[0] / source[0], target[1] / source[1]
+    slack = 1 / min(target) + 0.005
+    if abs(across / down - 1) <= slack:
+        return None
+    kept = f"{target[1]}x{round(source[0] * across)}"
+    return (
+        f"size {target[1]}x{target[0]} stretches the picture, {across:.2f} times across and {down:.2f} times down; "
+        f"{kept} keeps its shape"
+    )
 
 
 def _seeds(request: Request, picture: Picture | Header | None) -> tuple[int, ...]:

@@ -42,6 +42,15 @@ def test_a_folder_becomes_a_folder_of_the_same_names(cli: Cli, pictures: Path) -
     assert "[2/3] b.jpg" in ran.err
 
 
+@pytest.mark.parametrize(("size", "kept"), [("60x30", "60x40"), ("31x62", "31x21"), ("61x41", ""), ("1.7x", "")])
+def test_another_shape_than_the_picture_is_said(cli: Cli, workdir: Path, size: str, kept: str) -> None:
+    photo("wide.png")  # 24 x 16
+    ran = cli("plan", "--image", "wide.png", *TINY, "--size", size)
+    assert ran.code == 0, ran.err
+    assert ("stretches the picture" in ran.err) is bool(kept)
+    assert f"{kept} keeps its shape" in ran.err or not kept
+
+
 def test_what_is_finished_is_skipped_and_settings_make_it_another_job(cli: Cli, pictures: Path) -> None:
     cli("upscale", "in", *TINY, "-o", "out/")
     made = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.png")}

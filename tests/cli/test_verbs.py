@@ -237,6 +237,12 @@ def test_plan_says_which_rung_it_took_and_why(cli: Cli) -> None:
     assert cli(*flags, "--max-vram", "6GB").code == 3
 
 
+def test_plan_says_whose_memory_a_limit_is_where_there_is_no_gpu(cli: Cli) -> None:
+    limit = ("plan", *TINY, "--size", "64", "--max-vram", "8GiB")
+    assert "--device cuda plans for a GPU" in cli(*limit, "--device", "cpu").err
+    assert "plans for a GPU" not in cli(*limit, "--device", "cuda").err
+
+
 def test_plan_of_a_picture(cli: Cli) -> None:
     photo(Path("in.png"))
     ran = cli("plan", "--image", "in.png", "-m", "TINY", "--size", "128", "--json")

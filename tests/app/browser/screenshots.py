@@ -1,7 +1,7 @@
 """Screenshots of the page, as docs/app.md shows them.
 
 python tests/app/browser/screenshots.py --out docs/images          # the three of the page on docs
-python tests/app/browser/screenshots.py --out /tmp/shots --all     # every tab, dark and narrow, to look at
+python tests/app/browser/screenshots.py --out shots --all          # every tab, dark and narrow, to look at
 """
 
 import argparse
