@@ -108,6 +108,12 @@ def applied(pipe_or_model: Any, method: Method | str | Mapping[str, Any], **sett
         _put_back(models, before)
 
 
+def attached(pipe_or_model: Any) -> "Handle | None":
+    """The handle of what is on all denoisers of a pipeline or on a model, None where `apply` put nothing there."""
+    found = [attachment for model in _models(pipe_or_model) if (attachment := _attachment(model)) is not None]
+    return Handle(found) if found and len(found) == len(_models(pipe_or_model)) else None
+
+
 def make_processors(model: nn.Module, method: Method | str | Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     """Sparse copies of a model's attention processors, for `model.set_attn_processor(...)`.
 
@@ -225,6 +231,11 @@ class Handle:
     def active(self) -> bool:
         """Whether the changes are in place: not removed, not replaced by another `apply`."""
         return all(attachment.active for attachment in self._attachments)
+
+    @property
+    def method(self) -> Method:
+        """What acts on the model, with its settings; of several denoisers the first one's."""
+        return self._attachments[0].method
 
     def report(self) -> dict[str, Any]:
         """What the attention sites did.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
-from gensparse.attach import applied
+from gensparse.attach import applied, attached
 from gensparse.errors import ConfigError, NumericsError
 from gensparse.highres import resample, vae_tiles
 from gensparse.highres.faithful import keep_to
@@ -131,10 +131,19 @@ class Stages:
     # --- attention
 
     def _sparse(
-        self, method: Method | None, dense_steps: int = 0, dense_layers: Sequence[int] = ()
+        self,
+        method: Method | None,
+        dense_steps: int = 0,
+        dense_layers: Sequence[int] = (),
+        *,
+        automatic: bool = False,
     ) -> AbstractContextManager:
-        if method is None:
-            return nullcontext()
+        """The attention of a stage, with its handle. What the user has applied to the model is taken off only for a
+        method that was asked for: neither for none, nor for an `automatic` choice.
+        """
+        own = attached(self)
+        if method is None or (automatic and own is not None):
+            return nullcontext(own)
         return applied(self, method, dense_steps=dense_steps, dense_layers=dense_layers)
 
     def _report(self, index: int, stage: Stage, method: Method | None = None, handle: Any = None) -> None:

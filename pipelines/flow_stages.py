@@ -505,13 +505,14 @@ class FlowStages(Stages):
 
         Gives (pad, timestep) -> None, which puts the positions of the coming step in place.
         """
-        method = self._stage_attention(stage, run)
-        tables = {pad: self._position_table(stage, pad, method, run) for pad in pads}
         wishes = run.wishes
+        chosen, automatic = self._stage_attention(stage, run), wishes.attention == "auto" and wishes.way is None
         with (
-            self._sparse(method, wishes.dense_steps, wishes.dense_layers) as handle,
+            self._sparse(chosen, wishes.dense_steps, wishes.dense_layers, automatic=automatic) as handle,
             _positions_of(self.transformer) as install,
         ):
+            method = None if handle is None else handle.method
+            tables = {pad: self._position_table(stage, pad, method, run) for pad in pads}
 
             def place(pad: int, t: torch.Tensor) -> None:
                 if tables[pad] is not None:

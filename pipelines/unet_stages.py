@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size
-from gensparse.methods import Method
+from gensparse.methods import Auto, Method
 from gensparse.pipelines.cascade import Lead, Stages, as_picture, last_finished, stages_from
 from gensparse.pipelines.unet_ways import as_way, dilated_share
 from gensparse.pipelines.way import Attention, Moment, Native, Prompts, Texts, Way
@@ -314,7 +314,8 @@ class UNetStages(Stages):
     @contextmanager
     def _installed(self, index: int, stage: Stage, method: Method | None, run: Run):
         """Sparse attention during a stage, taken out again whatever happens."""
-        with self._sparse(method, run.dense_steps, run.dense_layers) as handle:
+        automatic = isinstance(method, Auto)
+        with self._sparse(method, run.dense_steps, run.dense_layers, automatic=automatic) as handle:
             if handle is not None:
                 handle.restart(steps=stage.steps)
             yield

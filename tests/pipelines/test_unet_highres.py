@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
 )
 
+import gensparse
 from gensparse.errors import ConfigError, NumericsError
 from gensparse.highres.frequency import haar_low_pass
 from gensparse.highres.rectifiedhr import Recipe
@@ -619,3 +620,30 @@ def test_every_way_is_a_value():
     for name, cls in WAYS.items():
         assert as_way(name) == cls()
         assert dataclasses.is_dataclass(cls)
+
+
+def test_what_was_applied_before_stays_unless_a_method_is_asked_for(pipe):
+    def run(**settings):
+        drawn = pipe(
+            "a",
+            height=64,
+            width=72,
+            num_inference_steps=3,
+            output_type="latent",
+            **settings,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        return drawn, [report["method"] for report in pipe.attention_report]
+
+    plain, _ = run()
+    handle = gensparse.apply(pipe, "sliding_window:radius=1")
+    kept, used = run()
+    assert [own["method"] for own in used] == ["sliding_window"] * len(used)
+    assert handle.active
+    assert handle.report()["calls"]["sparse"] > 0
+    assert not torch.equal(kept, plain)
+    _, used = run(attention="neighborhood:window=3")
+    assert [own["method"] for own in used] == ["sliding_window", *["neighborhood"] * (len(used) - 1)]
+    assert torch.equal(run()[0], kept)
+    handle.remove()
+    assert torch.equal(run()[0], plain)
