@@ -8,11 +8,11 @@ seeds' native pictures and beside renderings of the same scenes. Larger ones are
 - "stock", the plain pipeline of diffusers at the size, as users without gensparse get it; dense, so that it takes hours
   at 4096.
 
-Finished pictures are kept with their numbers; started again, a run goes on. The folder gets quality.md and quality.png.
+Finished pictures are kept with their numbers; started again, a run goes on. Several processes may share it, each with
+prompts of its own. The folder gets quality.md and quality.png.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gensparse.bench.store import Store
+from gensparse.bench.workers import check_workers, share_work
 from gensparse.embedded.quality import (
     ATTRIBUTES,
     Interval,
@@ -64,7 +66,10 @@ class Options:
         contenders: takes the place of `METHODS` at all sizes but the native one.
         baselines: bicubic and renderings only, without a model.
         native: pixels per side of the model's native size; steps, guidance: the model's own without.
-        dtype: "float32" or "bfloat16"; batch: native pictures made at once; threads: of the processor.
+        dtype: "float32" (default of "cpu") or "bfloat16" (of "cuda").
+        batch: native pictures made at once; threads: of the processor, per worker.
+        device: "cpu" or "cuda", of the pipeline; the reader is always on the CPU.
+        workers: processes that share prompts and device.
     """
 
     run: Path
@@ -77,11 +82,16 @@ class Options:
     native: int = 256
     steps: int | None = None
     guidance: float = 3.5
-    dtype: str = "float32"
+    dtype: str | None = None
     batch: int = 8
     threads: int = 1
+    device: str = "cpu"
+    workers: int = 1
 
     def __post_init__(self) -> None:
+        check_workers(self.device, self.workers)
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", "float32" if self.device == "cpu" else "bfloat16")
         if self.only is not None and self.only not in COUNTS:
             raise ConfigError(f"--size is {self.only!r}; choose one of {', '.join(COUNTS)}")
         for name in ("limit", "native", "steps", "batch", "threads"):
@@ -159,58 +169,6 @@ def methods_at(size: str, options: Options) -> list[str]:
     chosen = options.contenders if options.contenders and size != "native" else METHODS.get(size, (options.method,))
     own = [] if options.baselines else chosen
     return [*own, RENDERING] if size == "native" else [*own, BICUBIC, RENDERING]
-
-
-# ---------------------------------------------------------------- keeping results
-
-
-class Store:
-    """Finished items in DIR/items.jsonl, one line each, with pictures and features beside them."""
-
-    def __init__(self, run: Path):
-        self.run = run
-        for name in ("pictures", "features"):
-            (run / name).mkdir(parents=True, exist_ok=True)
-        self.rows: dict[str, dict] = {}
-        if (run / "items.jsonl").exists():
-            for line in (run / "items.jsonl").read_text(encoding="utf-8").splitlines():
-                self._remember(line)
-
-    def _remember(self, line: str) -> None:
-        """A line cut off by an interruption is not a finished item."""
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        self.rows[row["key"]] = row
-
-    def add(self, row: dict) -> None:
-        """All rows go to a new file that then takes the old one's place."""
-        self.rows[row["key"]] = row
-        fresh = self.run / "items.new"
-        fresh.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()), encoding="utf-8")
-        fresh.replace(self.run / "items.jsonl")
-
-    def check_settings(self, settings: dict) -> None:
-        """Raises ConfigError when the folder holds pictures made with other settings."""
-        path = self.run / "settings.json"
-        if path.exists() and (old := json.loads(path.read_text(encoding="utf-8"))) != settings:
-            raise ConfigError(f"{self.run} holds pictures made with {old}, not {settings}: give another --run folder.")
-        path.write_text(json.dumps(settings), encoding="utf-8")
-
-    def picture_path(self, item: Item) -> Path:
-        return self.run / "pictures" / f"{item.file_name}.png"
-
-    def save_picture(self, item: Item, picture: Image.Image) -> None:
-        path = self.picture_path(item)
-        picture.save(path.with_suffix(".new"), "PNG", compress_level=1)
-        path.with_suffix(".new").replace(path)
-
-    def features(self, item: Item) -> np.ndarray:
-        return np.load(self.run / "features" / f"{item.file_name}.npy")
-
-    def save_features(self, item: Item, features: torch.Tensor) -> None:
-        np.save(self.run / "features" / f"{item.file_name}.npy", features.numpy().astype(np.float16))
 
 
 # ---------------------------------------------------------------- making pictures
@@ -322,7 +280,7 @@ def load_pipeline(options: Options) -> Any:
     from gensparse.pipelines import highres_class
 
     stock = load_folder(_folder(options) or embedded_path(), getattr(torch, options.dtype))
-    pipe = highres_class(stock).from_pipe(stock)
+    pipe = highres_class(stock).from_pipe(stock).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -377,7 +335,9 @@ def crops(picture: Image.Image, seed: int) -> list[np.ndarray]:
 def run_item(item: Item, maker: Maker, reader: Reader, store: Store, say: Callable[[str], None] = print) -> None:
     """Make, measure, keep; the row comes last, so what has a row has everything."""
     picture = maker(item)
-    row = {**measure(item, picture, reader), "seconds": maker.seconds.get(item.key)}
+    alone = maker.options.workers == 1  # beside others a picture takes longer
+    seconds = maker.seconds.get(item.key) if alone else None
+    row = {**measure(item, picture, reader), "seconds": seconds, "device": maker.options.device}
     if item.size != "native":
         store.save_features(item, reader.features(crops(picture, item.prompt.seed)))
     if item.method not in (BICUBIC, RENDERING):
@@ -417,7 +377,10 @@ def groups(done: list[tuple[Item, dict]]) -> dict[tuple[str, str], list[tuple[It
 
 
 def main_table(found: dict, store: Store) -> list[str]:
-    """One row per size and method; seconds per picture, for large ones on from the kept native stage."""
+    """One row per size and method; seconds per picture, for large ones on from the kept native stage.
+
+    None are told of pictures that several workers made side by side.
+    """
     lines = [
         "| size | method | pictures | right attributes % | right count % | with duplicates % | edge width px "
         "| overshoot % | seam levels | kernel distance x1000 | seconds |",
@@ -555,23 +518,38 @@ def run_quality(options: Options, say: Callable[[str], None] = print) -> str:
     """Make and measure everything that is not there yet; returns the tables as Markdown.
 
     Raises:
-        ConfigError: the folder holds pictures that were made with other settings.
+        ConfigError: the folder holds pictures that were made with other settings, or the device is not there.
     """
+    from gensparse.engine.machine import pick_device
+
+    pick_device(options.device)
+    store = Store(options.run)
+    names = ("model", "native", "steps", "guidance", "dtype", "baselines")
+    store.check_settings({name: getattr(options, name) for name in names})
+    store.merge()
+    share_work(work, options, options.workers, say)
+    store = Store(options.run)
+    store.merge()
+    wanted = list(items(options))
+    return report([(item, store.rows[item.key]) for item in wanted], Maker(options, store), store)
+
+
+def work(options: Options, number: int, say: Callable[[str], None]) -> None:
+    """What worker `number` of the options' has to do: the prompts whose index leaves this remainder."""
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        store = Store(options.run)
-        names = ("model", "native", "steps", "guidance", "dtype", "baselines")
-        store.check_settings({name: getattr(options, name) for name in names})
+        store = Store(options.run, number if options.workers > 1 else None)
+        own = [item for item in items(options) if item.prompt.index % options.workers == number]
+        wanted = [item for item in own if item.key not in store.rows]
+        if not wanted:
+            return
         reader, maker = Reader.load(), Maker(options, store)
-        wanted = list(items(options))
-        natives = [] if options.baselines else [i.prompt for i in wanted if (i.size, i.method) == ("native", "dense")]
+        natives = [] if options.baselines else [i.prompt for i in own if (i.size, i.method) == ("native", "dense")]
         for start in range(0, len(natives), options.batch):
             maker.make_natives(natives[start : start + options.batch])
         for item in wanted:
-            if item.key not in store.rows:
-                run_item(item, maker, reader, store, say)
-        return report([(item, store.rows[item.key]) for item in wanted], maker, store)
+            run_item(item, maker, reader, store, say)
     finally:
         torch.set_num_threads(before)
 
@@ -588,9 +566,11 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--native", type=int, default=256, help="pixels per side of the model's native size")
     parser.add_argument("--steps", type=int, help="of the native stage; the model's own without")
     parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on cpu, bfloat16 on cuda without")
     parser.add_argument("--batch", type=int, default=8, help="native pictures made at once")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="per worker")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the prompts")
     return Options(**vars(parser.parse_args(arguments)))
 
 

@@ -20,6 +20,9 @@ _CASE = Annotated[
     list[str] | None, typer.Option("--case", help="Case by name, see `bench list`; name* for several; repeat (all).")
 ]
 
+_DEVICE = Annotated[str, typer.Option("--device", help="cpu or cuda; the reader is always on the CPU.")]
+_WORKERS = Annotated[int, typer.Option("--workers", help="Processes that share the work, and the device.")]
+
 
 @app.command("list")
 def list_cases() -> None:
@@ -242,20 +245,25 @@ def quality(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Only bicubic enlargements and renderings; no model (off).")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int, typer.Option("--threads", help="Threads of the processor.")] = 1,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16 (fp32 on the CPU, bf16 on a GPU).")] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of the processor, per worker.")] = 1,
+    device: _DEVICE = "cpu",
+    workers: _WORKERS = 1,
 ) -> None:
     """Measure pictures of the embedded model: attributes, counts, duplicates, edges, seams, distance to renderings.
 
     Contenders of a size continue the same native pictures, beside bicubic enlargements and renderings of the same
     scenes; "stock" is diffusers' plain pipeline at that size. Resumable: every finished picture is kept with its
-    numbers. All of it takes hours on two cores. 95% intervals are bootstrapped over the prompts.
+    numbers. All of it takes hours on two cores. 95% intervals are bootstrapped over the prompts. Workers share the
+    prompts; seconds are told where there is one worker only.
 
     Examples:
 
       gensparse bench quality --out run --size native --limit 20
 
       gensparse bench quality --out run --size 1024 --limit 8 --contender dense --contender stock
+
+      gensparse bench quality --out run --device cuda --workers 12
 
       gensparse bench quality --out run --baselines
     """
@@ -264,7 +272,7 @@ def quality(
     from gensparse.cli.state import STATE
     from gensparse.errors import ConfigError
 
-    kinds = {"fp32": "float32", "bf16": "bfloat16"}
+    kinds = {None: None, "fp32": "float32", "bf16": "bfloat16"}
     if dtype not in kinds:
         raise ConfigError(f"--dtype is {dtype!r}; choose fp32 or bf16")
     options = Options(
@@ -276,6 +284,8 @@ def quality(
         baselines=baselines,
         dtype=kinds[dtype],
         threads=threads,
+        device=device,
+        workers=workers,
     )
     text = run_quality(options, output.note)
     if STATE.output == "json":
