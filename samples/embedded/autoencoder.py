@@ -35,9 +35,9 @@ def build() -> AutoencoderTiny:
     )
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(pictures: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in -1..1, channels last."""
-    return (torch.from_numpy(pictures).float() / 127.5 - 1).permute(0, 3, 1, 2)
+    return (torch.from_numpy(pictures).to(device).float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 def picture_loss(out: torch.Tensor, target: torch.Tensor, l1: float) -> torch.Tensor:

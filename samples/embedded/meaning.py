@@ -16,7 +16,7 @@ NATIVE_TOKENS = 16  # per scene unit
 SUBJECT_WEIGHT = 4.0  # of a token that shows part of a subject, against 1 for background: shapes are what is hard
 CLASSES = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS}
 EDGE_POINTS = 4
-LABELS = (*CLASSES, "edge", "weights")
+LABELS = (*CLASSES, "edge")
 
 
 class Meaning(torch.nn.Module):
@@ -41,15 +41,15 @@ def meaning_loss(read: tuple[torch.Tensor, ...], labels: Mapping[str, torch.Tens
     *classes, edge = (part.float() for part in read)
     terms = (edge - labels["edge"].float()).square().mean(-1)
     for name, logits in zip(CLASSES, classes, strict=True):
-        terms = terms + torch.nn.functional.cross_entropy(logits.mT, labels[name], reduction="none")
-    return (terms * labels["weights"]).mean()
+        terms = terms + torch.nn.functional.cross_entropy(logits.mT, labels[name].long(), reduction="none")
+    return (terms * error_weights(labels["shape"])).mean()
 
 
-def describe(shard: Mapping) -> dict[str, np.ndarray]:
-    """What each token of each picture of a shard shows: `shape`, `colour`, `fill` [N, tokens] (0 = background), `edge`
-    [N, tokens, 16], and loss `weights` of mean 1 per picture, larger where a subject is."""
-    size = len(shard["seeds"]) // len(shard["ids"])
-    return stacked([describe_scene(scene, shard["ids"][i // size]) for i, scene in enumerate(shard["scenes"])])
+def describe(scenes: list[Scene], ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What each token of each scene shows: `shape`, `colour`, `fill` [N, tokens] uint8 (0 = background) and `edge`
+    [N, tokens, 16]; position ids [G, tokens, 2], each for N / G scenes in turn."""
+    size = len(scenes) // len(ids)
+    return stacked([describe_scene(scene, ids[i // size]) for i, scene in enumerate(scenes)])
 
 
 def stacked(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -64,7 +64,7 @@ def describe_scene(scene: Scene, ids: np.ndarray) -> dict[str, np.ndarray]:
     steps = ((np.arange(EDGE_POINTS) + 0.5) / EDGE_POINTS - 0.5) * side
     points = centres[:, None, None] + np.stack(np.meshgrid(steps, steps, indexing="ij"), -1)
     edge = np.full((len(ids), EDGE_POINTS**2), 2.0, np.float32)
-    row = {name: np.zeros(len(ids), np.int64) for name in CLASSES}
+    row = {name: np.zeros(len(ids), np.uint8) for name in CLASSES}
     for subject in scene.subjects:
         distance = signed_distance(subject, scene.extent, points[..., 0], points[..., 1]).reshape(len(ids), -1) / side
         nearest = distance.mean(-1) < edge.mean(-1)
@@ -73,9 +73,10 @@ def describe_scene(scene: Scene, ids: np.ndarray) -> dict[str, np.ndarray]:
         shown = np.abs(centres - centre).max(-1) < subject.radius * 1.05 + side / 2
         for name, names in CLASSES.items():
             row[name][shown] = names.index(getattr(subject, name)) + 1
-    weights = np.where(row["shape"] > 0, SUBJECT_WEIGHT, 1.0)
-    return {
-        **row,
-        "edge": edge.clip(-2, 2).astype(np.float16),
-        "weights": (weights / weights.mean()).astype(np.float32),
-    }
+    return {**row, "edge": edge.clip(-2, 2).astype(np.float16)}
+
+
+def error_weights(shape: torch.Tensor) -> torch.Tensor:
+    """Loss weights of tokens [B, tokens] by the shape they show, of mean 1 per picture, larger where a subject is."""
+    weights = torch.where(shape > 0, SUBJECT_WEIGHT, 1.0)
+    return weights / weights.mean(-1, keepdim=True)

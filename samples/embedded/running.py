@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -63,9 +64,9 @@ class Run:
         """Continue from the checkpoint, if there is one."""
         if not self.path.exists():
             return
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
-        self.ema = state["ema"]
+        self.ema = {name: value.to(self.ema[name].device) for name, value in state["ema"].items()}
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.rng.bit_generator.state = state["rng"]
@@ -90,9 +91,8 @@ class Run:
     ) -> None:
         """Step after step until `minutes` are spent, `steps` done (all restarts together) or the process shall end."""
         signal.signal(signal.SIGTERM, self.stop)
-        last_save = time.time()
+        last_save, rows = time.time(), []
         with log.open("a", newline="") as handle:
-            writer = csv.writer(handle)
             while self.spent < 60 * minutes and self.step != steps and not self.stopped:
                 start = time.time()
                 kind, loss, numbers = outcome()
@@ -103,14 +103,22 @@ class Run:
                 self.average()
                 self.step += 1
                 self.spent += time.time() - start
-                shown = (round(x.item(), 5) for x in (*numbers, loss))
-                writer.writerow([self.step, round(self.spent, 1), kind, *shown])
+                rows.append((self.step, round(self.spent, 1), kind, *numbers, loss.detach()))
                 if self.step % 20 == 0:
-                    handle.flush()
+                    rows = write_down(rows, handle)
                 if time.time() - last_save > 60 * save_minutes:
                     self.save()
                     last_save = time.time()
+            write_down(rows, handle)
         self.save()
+
+
+def write_down(rows: list[tuple], handle: TextIO) -> list[tuple]:
+    """Append rows whose numbers may still be on a GPU, which must not be waited for at every step; returns none."""
+    shown = [[round(x.item(), 5) if isinstance(x, torch.Tensor) else x for x in row] for row in rows]
+    csv.writer(handle).writerows(shown)
+    handle.flush()
+    return []
 
 
 def muon_and_adam(model: torch.nn.Module, lr: float, rest: Sequence[str]) -> list[torch.optim.Optimizer]:

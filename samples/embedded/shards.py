@@ -1,22 +1,39 @@
 """Encoded training pictures (made by encode.py), loaded as they appear."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from meaning import LABELS, describe
+from meaning import LABELS
+from text import TOKENIZERS
 
-from gensparse.embedded.scenes import caption, random_scene
 from gensparse.errors import ConfigError
 
 
-class Pictures:
-    """Shards of one kind; new ones are picked up while training."""
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one kind that share their position ids.
 
-    def __init__(self, folder: Path, kind: str, rng: np.random.Generator) -> None:
-        self.folder, self.kind, self.rng = folder, kind, rng
-        self.shards: list[dict] = []
+    Args:
+        latents: [B, N, 32]; ids: [N, 3]; labels: see `meaning.describe`.
+        words: token ids [B, length] of a caption of each picture, per tokenizer.
+    """
+
+    kind: str
+    latents: torch.Tensor
+    ids: torch.Tensor
+    labels: dict[str, torch.Tensor]
+    words: dict[str, torch.Tensor]
+
+
+class Pictures:
+    """Shards of one kind, kept on `device`; new ones are picked up while training."""
+
+    def __init__(self, folder: Path, kind: str, rng: np.random.Generator, device: str) -> None:
+        self.folder, self.kind, self.rng, self.device = folder, kind, rng, device
+        self.shards: list[dict[str, torch.Tensor]] = []
         self.seen: set[str] = set()
 
     def refresh(self) -> int:
@@ -24,33 +41,35 @@ class Pictures:
         for path in sorted(self.folder.glob(f"{self.kind}-[0-9][0-9][0-9].npz")):
             if path.name not in self.seen:
                 with np.load(path) as data:
-                    shard = {name: data[name] for name in data.files}
-                shard["scenes"] = [random_scene(int(s), float(shard["aspect"])) for s in shard["seeds"]]
-                shard |= describe(shard)
-                self.shards.append(shard)
+                    names = ("latents", "ids", *LABELS, *TOKENIZERS)
+                    self.shards.append({name: torch.from_numpy(data[name]).to(self.device) for name in names})
                 self.seen.add(path.name)
         return len(self.shards)
 
-    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[str]]:
-        """(latents [B, N, 32], ids [N, 3], labels, captions); pictures of a batch share their position ids."""
+    def batch(self, count: int) -> Batch:
+        """`count` pictures of one group, or the whole group where it is smaller."""
         shard = self.shards[self.rng.integers(len(self.shards))]
-        groups, total = len(shard["ids"]), len(shard["seeds"])
-        group = int(self.rng.integers(groups))
-        size = total // groups
+        group = int(self.rng.integers(len(shard["ids"])))
+        size = len(shard["latents"]) // len(shard["ids"])
         picks = group * size + self.rng.choice(size, min(count, size), replace=False)
-        latents = torch.from_numpy(shard["latents"][picks]).float()
-        ids = torch.zeros(latents.shape[1], 3)
-        ids[:, 1:] = torch.from_numpy(shard["ids"][group])
-        labels = {name: torch.from_numpy(shard[name][picks]) for name in LABELS}
-        return latents, ids, labels, [caption(shard["scenes"][i], int(self.rng.integers(1 << 31))) for i in picks]
+        sayings = self.rng.integers(shard[TOKENIZERS[0]].shape[1], size=len(picks))
+        rows, said = (torch.from_numpy(part).to(self.device) for part in (picks, sayings))
+        places = shard["ids"][group]
+        return Batch(
+            self.kind,
+            latents=shard["latents"][rows].float(),
+            ids=torch.cat([torch.zeros_like(places[:, :1]), places], 1),
+            labels={name: shard[name][rows] for name in LABELS},
+            words={name: shard[name][rows, said].long() for name in TOKENIZERS},
+        )
 
 
 class Collection:
     """Pictures of several kinds, of which one is picked at random for every batch."""
 
-    def __init__(self, folder: Path, kinds: Iterable[str], rng: np.random.Generator) -> None:
+    def __init__(self, folder: Path, kinds: Iterable[str], rng: np.random.Generator, device: str) -> None:
         self.folder, self.rng = folder, rng
-        self.sources = {kind: Pictures(folder, kind, rng) for kind in kinds}
+        self.sources = {kind: Pictures(folder, kind, rng, device) for kind in kinds}
         self.ready: set[str] = set()
 
     def pick(self, wanted: Mapping[str, float], *, look: bool) -> Pictures:

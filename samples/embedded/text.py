@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -144,6 +145,21 @@ class CaptionPair:
         """(ids of the first, ids of the second tokenizer), [B, 77] each."""
         settings = {"padding": "max_length", "max_length": PAIR_LENGTH, "truncation": True, "return_tensors": "pt"}
         return self.first(texts, **settings).input_ids, self.second(texts, **settings).input_ids
+
+
+TOKENIZERS = ("clip", "t5", "first", "second")
+
+
+class Tokens:
+    """Captions as all four tokenizers have them."""
+
+    def __init__(self) -> None:
+        self.captions, self.pair = Captions(), CaptionPair()
+
+    def __call__(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Token ids [B, length] int16 per name of `TOKENIZERS`."""
+        ids = (*self.captions(texts), *self.pair(texts))
+        return {name: part.numpy().astype(np.int16) for name, part in zip(TOKENIZERS, ids, strict=True)}
 
 
 def encoder_pair(captions: CaptionPair) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

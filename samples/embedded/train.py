@@ -6,6 +6,7 @@ usable model; more time gives a better one. The UNet takes the shipped autoencod
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,8 @@ def main() -> None:
             shutil.copytree(embedded_path() / "vae", args.run / "vae")
         else:
             run("autoencoder", "--run", args.run, "--minutes", args.autoencoder_minutes)
-    for kind, shards in SHARDS.items():
-        run("encode", "--run", args.run, "--kind", kind, "--shards", shards)
+    shards = [f"{kind}={count}" for kind, count in SHARDS.items()]
+    run("encode", "--run", args.run, "--workers", os.cpu_count() or 1, "--shards", *shards)
     options = ["--compile"] if args.compile else []
     if not unet:
         run("transformer", "--run", args.run, "--minutes", args.minutes, *options)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
-from meaning import Meaning, meaning_loss
+from meaning import Meaning, error_weights, meaning_loss
 from muon import Muon
 from running import Outcome, Run
-from shards import Collection, Pictures
+from shards import Batch, Collection
 from text import Captions, clip_encoder, t5_encoder
 
 # share of the time budget after which a mixture holds -> probability of each kind of batch
@@ -60,7 +60,7 @@ class Model(torch.nn.Module):
         """(velocity [B, N, 32], what the head reads) for noisy tokens at noise level `sigma` [B]; `ids` [N, 3]."""
         pooled = self.clip(clip_ids).pooler_output
         words = self.t5(t5_ids)[0]
-        text_ids = torch.zeros(words.shape[1], 3)
+        text_ids = ids.new_zeros(words.shape[1], 3)
         velocity = self.flux(
             hidden_states=tokens,
             timestep=sigma,
@@ -95,21 +95,20 @@ def optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def losses(
-    captions: Captions, pictures: Pictures, compute: torch.nn.Module
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def losses(batch: Batch, compute: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(total, plain error of the velocity, error of the meaning) on one batch, noise levels logit-normal."""
-    latents, ids, labels, words = pictures.batch(BATCH[pictures.kind])
-    clip_ids, t5_ids = captions(words)
-    mean, std = SIGMA[pictures.kind]
-    sigma = torch.sigmoid(torch.randn(len(latents)) * std + mean)
+    latents, (mean, std) = batch.latents, SIGMA[batch.kind]
+    sigma = torch.sigmoid(torch.randn(len(latents), device=latents.device) * std + mean)
     noise = torch.randn_like(latents)
     level = sigma[:, None, None]
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity, read = compute((1 - level) * latents + level * noise, sigma, ids, clip_ids, t5_ids)
+    with torch.autocast(latents.device.type, torch.bfloat16):
+        velocity, read = compute(
+            (1 - level) * latents + level * noise, sigma, batch.ids, batch.words["clip"], batch.words["t5"]
+        )
     error = (velocity.float() - (noise - latents)).square().mean(-1)
-    meaning = meaning_loss(read, labels)
-    return (error * labels["weights"]).mean() + MEANING_WEIGHT * meaning, error.detach().mean(), meaning.detach()
+    meaning = meaning_loss(read, batch.labels)
+    total = (error * error_weights(batch.labels["shape"])).mean() + MEANING_WEIGHT * meaning
+    return total, error.detach().mean(), meaning.detach()
 
 
 class FluxRun(Run):
@@ -117,8 +116,8 @@ class FluxRun(Run):
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.captions = args, Captions()
-        model = Model(self.captions)
+        self.args = args
+        model = Model(Captions()).to(args.device)
         rates = (2 * args.lr, args.lr)
         path = args.run / "checkpoint.pt"
         super().__init__(model, optimizers(model, args.lr), rates, path, seed=args.seed, ema_decay=EMA_DECAY)
@@ -151,14 +150,15 @@ def mixture(progress: float) -> dict[str, float]:
 def train(run: FluxRun) -> None:
     """Until the budget is spent."""
     args = run.args
-    pictures = Collection(args.run / "latents", BATCH, run.rng)
+    pictures = Collection(args.run / "latents", BATCH, run.rng, args.device)
     compute = torch.compile(run.model, dynamic=False) if args.compile else run.model
 
     def one() -> Outcome:
         source = pictures.pick(mixture(max(run.progress, args.stage_from)), look=run.step % 50 == 0)
         run.set_rate(run.height)
-        # wide pictures come in several shapes and seldom: not worth compiling
-        loss, *numbers = losses(run.captions, source, run.model if source.kind == "wide" else compute)
+        batch = source.batch(args.batch_factor * BATCH[source.kind])
+        # wide pictures come seldom: not worth compiling
+        loss, *numbers = losses(batch, run.model if source.kind == "wide" else compute)
         return source.kind, loss, numbers
 
     run.train(one, args.minutes, args.run / "transformer.csv", args.save_minutes, args.steps)
@@ -177,6 +177,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", type=Path, help="pipeline folder whose weights a new run starts from")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-factor", type=int, default=1, help="larger batches, for GPUs")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args(arguments)
 

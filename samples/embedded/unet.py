@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from meaning import Meaning, meaning_loss
+from meaning import Meaning, error_weights, meaning_loss
 from running import Outcome, Run, muon_and_adam
-from shards import Collection, Pictures
+from shards import Batch, Collection
 from text import PAIR_WIDTHS, POOLED, CaptionPair, encoder_pair
 
 WIDTHS = (48, 96, 128)
@@ -79,11 +79,12 @@ def silence_branches(unet: UNet2DConditionModel) -> None:
 class Model(torch.nn.Module):
     """The three trained networks, and the head that reads features of the 16 x 16 level."""
 
-    def __init__(self, captions: CaptionPair) -> None:
+    def __init__(self, captions: CaptionPair, device: str = "cpu") -> None:
         super().__init__()
         self.clip, self.clip_2 = encoder_pair(captions)
         self.unet = build_unet().to(memory_format=torch.channels_last)
-        self.unet.set_attn_processor(AttnProcessor())  # the gradient of fused attention is slower on CPUs
+        if device == "cpu":  # where the gradient of fused attention is slower
+            self.unet.set_attn_processor(AttnProcessor())
         self.meaning = Meaning(WIDTHS[-1])
         self.features: torch.Tensor | None = None
         self.unet.up_blocks[0].register_forward_hook(self._keep)
@@ -143,40 +144,40 @@ def say_sizes(kind: str, ids: torch.Tensor, count: int, rng: np.random.Generator
 class Noise:
     """Noise levels of the scheduler's timesteps, and how training draws them."""
 
-    def __init__(self) -> None:
-        kept = scheduler().alphas_cumprod
+    def __init__(self, device: str) -> None:
+        kept = scheduler().alphas_cumprod.to(device)
         self.sigmas = ((1 - kept) / kept).sqrt()
         self.logs = self.sigmas.log()
 
     def draw(self, kind: str, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(timesteps, sigmas) [B]; `hidden`: pictures whose scale must be seen, hence with less noise than picture."""
         mean, std = LOG_SIGMA[kind]
-        log = torch.randn(len(hidden)) * std + mean
-        far = FAR + torch.rand(len(hidden)) * (self.logs[-1] - FAR)
-        log = torch.where(torch.rand(len(hidden)) < FAR_SHARE, far, log)
+        log = torch.randn_like(hidden, dtype=torch.float32) * std + mean
+        chosen, height = torch.rand(2, len(hidden), device=hidden.device)
+        log = torch.where(chosen < FAR_SHARE, FAR + height * (self.logs[-1] - FAR), log)
         log = torch.where(hidden, -log.abs(), log)
         timesteps = torch.searchsorted(self.logs, log).clamp(max=len(self.logs) - 1)
         return timesteps, self.sigmas[timesteps]
 
 
-def outcome(run: Run, pictures: Pictures, captions: CaptionPair, noise_levels: Noise, compute) -> Outcome:
+def outcome(run: Run, batch: Batch, noise_levels: Noise, compute) -> Outcome:
     """One batch: its kind, the loss, and (error of the noise, error of the meaning)."""
-    kind = pictures.kind
-    tokens, ids, labels, texts = pictures.batch(BATCH[kind])
+    device, ids = batch.latents.device, batch.ids.cpu()
     rows = len(ids[:, 1].unique())
-    clean = unpack(tokens, rows)
-    sizes, hidden = say_sizes(kind, ids, len(clean), run.rng)
-    timesteps, sigma = noise_levels.draw(kind, hidden)
+    clean = unpack(batch.latents, rows)
+    sizes, hidden = (part.to(device) for part in say_sizes(batch.kind, ids, len(clean), run.rng))
+    timesteps, sigma = noise_levels.draw(batch.kind, hidden)
     noise, level = torch.randn_like(clean), sigma[:, None, None, None]
     z = (clean + level * noise) / (1 + level**2).sqrt()
-    with torch.autocast("cpu", torch.bfloat16):
-        words, pooled = run.model.encode(*captions(texts))
+    with torch.autocast(device.type, torch.bfloat16):
+        words, pooled = run.model.encode(batch.words["first"], batch.words["second"])
         found, read = compute(z, timesteps, words, pooled, sizes)
     error = (found.float() - noise).square().mean(1) * (1 + sigma**2).clamp(max=MOST_WEIGHT)[:, None, None]
-    weights = labels["weights"].view(len(clean), rows, -1).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    meaning = meaning_loss(read, labels)
+    weights = error_weights(batch.labels["shape"]).view(len(clean), rows, -1)
+    weights = weights.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    meaning = meaning_loss(read, batch.labels)
     loss = (error * weights).mean() + MEANING_WEIGHT * meaning
-    return kind, loss, (error.detach().mean(), meaning.detach())
+    return batch.kind, loss, (error.detach().mean(), meaning.detach())
 
 
 def rate(step: int, minutes_left: float, decay_minutes: float) -> float:
@@ -188,10 +189,11 @@ def rate(step: int, minutes_left: float, decay_minutes: float) -> float:
 def new_run(args: argparse.Namespace, captions: CaptionPair) -> Run:
     """A run at its first step, with the text encoders of text_meaning.py if there are any."""
     torch.manual_seed(args.seed)
-    model = Model(captions)
+    model = Model(captions, args.device)
     if (args.run / "text.pt").exists():
         for name, state in torch.load(args.run / "text.pt", weights_only=True).items():
             getattr(model, name).load_state_dict(state)
+    model.to(args.device)
     return Run(
         model,
         muon_and_adam(model, args.lr, rest=("embedding", "meaning", "conv_in", "conv_out")),
@@ -202,16 +204,17 @@ def new_run(args: argparse.Namespace, captions: CaptionPair) -> Run:
     )
 
 
-def train(run: Run, args: argparse.Namespace, captions: CaptionPair) -> None:
+def train(run: Run, args: argparse.Namespace) -> None:
     """Until the budget is spent."""
-    pictures, levels = Collection(args.latents, BATCH, run.rng), Noise()
+    pictures, levels = Collection(args.latents, BATCH, run.rng, args.device), Noise(args.device)
     compute = torch.compile(run.model, dynamic=False) if args.compile else run.model
 
     def one() -> Outcome:
         run.set_rate(rate(run.step, args.minutes - run.spent / 60, args.decay_minutes))
         source = pictures.pick(WHOLE if run.step < args.whole_steps else MIXTURE, look=run.step % 50 == 0)
+        batch = source.batch(args.batch_factor * BATCH[source.kind])
         # wide pictures come in several shapes and seldom: not worth compiling
-        return outcome(run, source, captions, levels, run.model if source.kind == "wide" else compute)
+        return outcome(run, batch, levels, run.model if source.kind == "wide" else compute)
 
     run.train(one, args.minutes, args.run / "unet.csv", args.save_minutes, args.steps)
 
@@ -227,6 +230,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; Muon takes twice as much")
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-factor", type=int, default=1, help="larger batches, for GPUs")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args(arguments)
     args.latents = args.latents or args.run / "latents"
@@ -235,10 +240,9 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_options(arguments)
-    captions = CaptionPair()
-    run = new_run(args, captions)
+    run = new_run(args, CaptionPair())
     run.load()
-    train(run, args, captions)
+    train(run, args)
 
 
 if __name__ == "__main__":

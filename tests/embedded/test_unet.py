@@ -58,15 +58,14 @@ def vae():
 
 @pytest.fixture(scope="module")
 def latents(scripts, vae, tmp_path_factory):
-    """A folder with one small shard of every kind."""
-    folder = tmp_path_factory.mktemp("latents")
+    """A folder with one small shard of every kind, of close-ups with two windows."""
+    folder, tokens = tmp_path_factory.mktemp("latents"), scripts.text.Tokens()
     grids = {"native": ((16, 16), 1.0), "whole": ((8, 8), 2.0), "wide": ((12, 21), 1.0)}
     for kind, grid in grids.items():
-        np.savez(folder / f"{kind}-000.npz", **scripts.encode.whole_shard(vae, range(PICTURES), *grid))
-    cut, ids, seeds = scripts.encode.close_group(vae, 40)
-    few = slice(PICTURES)
-    packed = scripts.encode.pack(cut[few])
-    np.savez(folder / "close-000.npz", latents=packed, ids=ids[None], seeds=np.array(seeds[few]), aspect=1.0)
+        drawn = scripts.encode.whole_pictures(tokens, range(PICTURES), *grid)
+        np.savez(folder / f"{kind}-000.npz", **scripts.encode.finish(vae, drawn))
+    drawn = scripts.encode.close_pictures(tokens, 40, PICTURES, PICTURES // 2)
+    np.savez(folder / "close-000.npz", **scripts.encode.finish(vae, drawn))
     return folder
 
 
@@ -84,7 +83,7 @@ def trained(scripts, captions, run, latents, steps):
     args = options(scripts, run, latents, "--steps", str(steps))
     state = scripts.unet.new_run(args, captions)
     state.load()
-    scripts.unet.train(state, args, captions)
+    scripts.unet.train(state, args)
     return state
 
 
@@ -117,8 +116,8 @@ def test_every_weight_that_the_pipeline_uses_learns_from_every_kind(scripts, cap
     with torch.no_grad():  # branches that start at zero would hide what is behind them
         for parameter in run.model.unet.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    pictures = unet.Collection(latents, [kind], run.rng).pick({kind: 1.0}, look=True)
-    label, loss, numbers = unet.outcome(run, pictures, captions, unet.Noise(), run.model)
+    pictures = unet.Collection(latents, [kind], run.rng, "cpu").pick({kind: 1.0}, look=True)
+    label, loss, numbers = unet.outcome(run, pictures.batch(2), unet.Noise("cpu"), run.model)
     loss.backward()
     assert label == kind
     assert loss.isfinite()
@@ -131,7 +130,7 @@ def test_every_weight_that_the_pipeline_uses_learns_from_every_kind(scripts, cap
 def test_a_folder_without_pictures_says_so(scripts, captions, tmp_path):
     args = options(scripts, tmp_path, tmp_path)
     with pytest.raises(ConfigError, match=r"encode\.py"):
-        scripts.unet.train(scripts.unet.new_run(args, captions), args, captions)
+        scripts.unet.train(scripts.unet.new_run(args, captions), args)
 
 
 def test_the_rate_is_level_and_falls_at_the_end_only(scripts):
@@ -173,7 +172,7 @@ def test_whole_pictures_say_their_own_size_or_a_larger_one(scripts):
 
 
 def test_noise_levels_are_those_of_the_scheduler(scripts):
-    levels, scheduler = scripts.unet.Noise(), scripts.unet.scheduler()
+    levels, scheduler = scripts.unet.Noise("cpu"), scripts.unet.scheduler()
     torch.manual_seed(0)
     hidden = torch.arange(4000) % 2 == 0
     timesteps, sigmas = levels.draw("close", hidden)
