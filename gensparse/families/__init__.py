@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from gensparse.errors import ConfigError
-from gensparse.families.base import CROSS, Family, Layouts, TensorMemo, WithKeys
+from gensparse.families.base import CROSS, Family, Layouts, TensorMemo, WithKeys, attention_modules, bound_call
 
 FAMILIES = {
     "FluxTransformer2DModel": "gensparse.families.flux",
@@ -51,7 +51,19 @@ FAMILIES = {
 }
 """Model class name -> module of its family; subclasses of a listed class belong to the same family."""
 
-__all__ = ["CROSS", "FAMILIES", "Family", "Layouts", "TensorMemo", "WithKeys", "family_named", "family_of", "notes_of"]
+__all__ = [
+    "CROSS",
+    "FAMILIES",
+    "Family",
+    "Layouts",
+    "TensorMemo",
+    "WithKeys",
+    "attention_modules",
+    "bound_call",
+    "family_named",
+    "family_of",
+    "notes_of",
+]
 
 
 def family_of(model: Any) -> Family:

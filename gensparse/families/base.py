@@ -1,9 +1,11 @@
-"""What a family supplies, and the memo that spares reading position ids at every step."""
+"""What a family supplies, how models and their calls are read, and the memo that spares reading ids at every step."""
 
+import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gensparse.errors import ConfigError, LayoutMismatchError
@@ -103,6 +105,21 @@ def sites_of(**patterns: str) -> Callable[[Any, Iterable[str]], dict[str, str]]:
         return {name: role for name in names for role, pattern in patterns.items() if re.fullmatch(pattern, name)}
 
     return sites
+
+
+def attention_modules(model: Any) -> dict[str, Any]:
+    """Every module with an attention processor, by its full name; some models have no `attn_processors`."""
+    return {name: module for name, module in model.named_modules() if getattr(module, "processor", None) is not None}
+
+
+def bound_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a model's call by name, however they were passed; a pre-hook returns its `args[1:], kwargs`."""
+    return _signature(type(model)).bind(model, *args, **kwargs)
+
+
+@cache
+def _signature(model_class: type) -> inspect.Signature:
+    return inspect.signature(model_class.forward)
 
 
 def needed(family: str, bound: Mapping[str, Any], *names: str) -> tuple[Any, ...]:

@@ -129,11 +129,9 @@ def takes(layers: str | int, number: int, name: str) -> bool:
 
 def site_names(subject: Subject) -> list[str]:
     """Names of a model's sites in the order of the computation: down, middle, up."""
-    from gensparse.families import family_of
+    from gensparse.families import attention_modules, family_of
 
-    model = subject.model
-    modules = (name for name, module in model.named_modules() if getattr(module, "processor", None) is not None)
-    return list(family_of(model).sites(model, modules))
+    return list(family_of(subject.model).sites(subject.model, attention_modules(subject.model)))
 
 
 def last_share(names: list[str], share: float) -> str:

@@ -3,17 +3,15 @@
 For what belongs to a pipeline's stage rather than to a method. Methods change cross-attention by `processors.stages`.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.families import Family, TensorMemo, family_of
+from gensparse.families import Family, TensorMemo, attention_modules, bound_call, family_of
 from gensparse.layout import Layout
 from gensparse.processors.site import Site
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse
@@ -55,7 +53,7 @@ def text_attention(model: nn.Module, attend: Attend) -> Iterator[None]:
     """
     model = getattr(model, "_orig_mod", model)
     family = family_of(model)
-    modules = {name: module for name, module in model.named_modules() if getattr(module, "processor", None) is not None}
+    modules = attention_modules(model)
     roles = text_sites(family, model, modules)
     if not roles:
         raise ConfigError(f"{type(model).__name__} has no cross-attention beside its self-attention, as UNets have.")
@@ -100,7 +98,7 @@ class _Grids:
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = _signature(type(model)).bind(model, *args, **kwargs).arguments
+        bound = bound_call(model, args, kwargs).arguments
         self._grids.clear()
         for role, layout in self._family.read_layouts(model, bound, self._memo).items():
             if not isinstance(layout, Layout) or layout.grid[0] != 1:
@@ -134,8 +132,3 @@ class _TextSite(Site):
             return dense()
         out = self._answer(TextCall(self.name, grid, q, k, v, mask, scale))
         return dense() if out is None else out
-
-
-@cache
-def _signature(model_class: type) -> inspect.Signature:
-    return inspect.signature(model_class.forward)

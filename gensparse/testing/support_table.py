@@ -18,7 +18,16 @@ from torch import Tensor
 
 import gensparse
 from gensparse.errors import GensparseError
-from gensparse.families import FAMILIES, Layouts, TensorMemo, family_named, family_of, notes_of
+from gensparse.families import (
+    FAMILIES,
+    Layouts,
+    TensorMemo,
+    attention_modules,
+    bound_call,
+    family_named,
+    family_of,
+    notes_of,
+)
 from gensparse.layout import Layout
 from gensparse.methods import METHODS, Method, as_method
 from gensparse.subjects.cast import Concept, Subjects
@@ -256,8 +265,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _roles(subject: Subject) -> dict[str, tuple[int, str]]:
     """Role -> (number of sites, order of the tokens of a call), as the family reads them; empty where it refuses."""
     model = subject.transformer
-    modules = [name for name, module in model.named_modules() if getattr(module, "processor", None) is not None]
-    bound = inspect.signature(type(model).forward).bind(model, **subject.inputs).arguments
+    modules = attention_modules(model)
+    bound = bound_call(model, (), subject.inputs).arguments
     try:
         family = family_of(model)
         sites = list(family.sites(model, modules).values())
