@@ -310,7 +310,8 @@ class _Owner:
 def _part(
     name: str, models: Mapping[str, "nn.Module"], configs: _Configs, method: Method | None, size: Mapping[str, int]
 ) -> Part:
-    from gensparse.attach import Attachment, Settings
+    from gensparse.attach.attachment import Attachment
+    from gensparse.attach.settings import Settings
     from gensparse.methods import SlidingWindow
 
     model = models[name]
