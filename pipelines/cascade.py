@@ -192,6 +192,14 @@ class Stages:
             return resample.enlarge_sharpened(picture, size, (*rows, *cols), amount)
 
         tiling = self._tiling(size, vae_tile)
+    def _clean_latents(self, clean: torch.Tensor) -> torch.Tensor:
+        """Estimates as step callbacks get them, as latents [B, C, h, w] of the model."""
+        raise NotImplementedError
+
+    def _decoder_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, h, w] of the model as the decoder takes them."""
+        raise NotImplementedError
+
         if tiling is None:
             pixels = read((0, size[0]), (0, size[1])).to(device, self.vae.dtype)
             latents = vae_tiles.encoded(self.vae, pixels)
@@ -259,6 +267,18 @@ class Stages:
             raw = self._raw_latents(result).to(get_module_execution_device(self.vae))
             return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw), output_type=output_type)
         count, size = result.latents.shape[0], (result.height, result.width)
+    @torch.no_grad()
+    def sketch(self, clean: torch.Tensor, max_side: int = 256) -> Image.Image:
+        """A small picture of the estimate that a step callback gets as "clean", decoded from latents made smaller.
+
+        About as costly as decoding `max_side` x `max_side` pixels, whatever the size of the stage.
+        """
+        latents = self._clean_latents(clean[:1].float())
+        shrink = min(1.0, max_side / (max(latents.shape[-2:]) * self.vae_scale_factor))
+        small = F.adaptive_avg_pool2d(latents, [max(1, round(side * shrink)) for side in latents.shape[-2:]])
+        raw = self._decoder_latents(small).to(get_module_execution_device(self.vae), self.vae.dtype)
+        return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw).float(), output_type="pil")[0]
+
         if output_type == "pil" and not self._is_decoded(result):
             strips = (self._strips(result, k, vae_tile) for k in range(count))
             buffers = (torch.empty(*size, 3, dtype=torch.uint8) for _ in range(count))

@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from diffusers.utils import is_torch_xla_available
-from diffusers.utils.torch_utils import get_module_execution_device, is_compiled_module
-from PIL import Image
+from diffusers.utils.torch_utils import is_compiled_module
 
 from gensparse.errors import ConfigError, unknown_name
 from gensparse.families import family_of
-from gensparse.highres import vae_tiles
 from gensparse.highres.rope import DYPE_NOTICE, RULES, proportional_scale
 from gensparse.highres.shift import shift_mu
 from gensparse.highres.stages import (
@@ -634,18 +632,11 @@ class FlowStages(Stages):
         """Latents [B, C, h, w] as decode() takes them."""
         return (latents / self.vae.config.scaling_factor) + (self.vae.config.shift_factor or 0.0)
 
-    @torch.no_grad()
-    def sketch(self, clean: torch.Tensor, max_side: int = 256) -> Image.Image:
-        """A small picture of the estimate that a step callback gets as "clean", decoded from latents made smaller.
+    def _clean_latents(self, clean: torch.Tensor) -> torch.Tensor:
+        return self._unpack(clean, Stage(*self._stage_size, 0))
 
-        About as costly as decoding `max_side` x `max_side` pixels, whatever the size of the stage.
-        """
-        height, width = self._stage_size
-        latents = self._unpack(clean[:1].float(), Stage(height, width, 0))
-        shrink = min(1.0, max_side / max(height, width))
-        small = F.adaptive_avg_pool2d(latents, [max(1, round(side * shrink)) for side in latents.shape[-2:]])
-        raw = self._unscaled(small).to(get_module_execution_device(self.vae), self.vae.dtype)
-        return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw).float(), output_type="pil")[0]
+    def _decoder_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._unscaled(latents)
 
     def _model_latents(self, raw: torch.Tensor) -> torch.Tensor:
         return (raw.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor

@@ -27,7 +27,7 @@ class PixArtHighresPipeline(UNetStages, PixArtSigmaPipeline):
     `from_pretrained`, or share the weights of a loaded pipeline: `PixArtHighresPipeline.from_pipe(pipe)`.
     """
 
-    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "clean")
 
     def __init__(
         self,

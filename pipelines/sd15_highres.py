@@ -29,6 +29,8 @@ class SD15HighresPipeline(UNetStages, StableDiffusionPipeline):
     `from_pretrained`, or share the weights of a loaded pipeline: `SD15HighresPipeline.from_pipe(pipe)`.
     """
 
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "clean")
+
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,

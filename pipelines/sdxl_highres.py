@@ -48,6 +48,8 @@ class SDXLHighresPipeline(UNetStages, StableDiffusionXLPipeline):
     `from_pretrained`, or share the weights of a loaded pipeline: `SDXLHighresPipeline.from_pipe(pipe)`.
     """
 
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids", "clean")
+
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,

@@ -13,7 +13,7 @@ from gensparse.pipelines.customize import Customizes, joined, noise_at, told_to_
 from gensparse.pipelines.unet_stages import Conditions, Levels, Run, UNetStages, noise_levels
 from gensparse.subjects.inversion import inverted, seen, unseen
 
-BESIDE = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
+BESIDE = ("latents", "clean", "prompt_embeds", "add_text_embeds", "add_time_ids")
 """Tensors of callbacks that have rows of the references too."""
 
 

@@ -18,6 +18,7 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg, retrieve_timesteps
 from diffusers.utils import is_torch_xla_available
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size
@@ -248,6 +249,7 @@ class UNetStages(Stages):
         end = stage.steps if run.way.segments else run.steps
         timesteps = [t for t in scheduler.timesteps if number[float(t)] < end]
         method = run.way.attention(run.attention, native=True)
+        shown = _levels_to_show(run, scheduler)
         self._num_timesteps = len(timesteps)
         around = run.way.around_native(self._denoiser) if len(stages) > 1 else nullcontext()
         with self._installed(0, stage, method, run), around, self._progress(stage, end) as bar:
@@ -259,11 +261,10 @@ class UNetStages(Stages):
                 prediction = self._predict(z, t, conditions, self.guidance_scale)
                 step = number[float(t)]
                 if step in keep:
-                    sigma = run.levels.sigmas[step]
-                    x = z.float() * math.sqrt(1 + sigma**2)
-                    history[step] = (x - sigma * self._noise_in(prediction.float(), z.float(), sigma)).cpu()
+                    history[step] = self._estimate(prediction, z, run.levels.sigmas[step]).cpu()
+                clean = self._estimate(prediction, z, shown[step]) if shown else None
                 latents = scheduler.step(prediction, t, latents, **run.extra_step_kwargs, return_dict=False)[0]
-                latents = self._end_step(0, i, t, latents, conditions, run)
+                latents = self._end_step(0, i, t, latents, conditions, run, clean)
                 if i == len(timesteps) - 1 or (i + 1) % scheduler.order == 0:
                     bar.update()
         return latents, history
@@ -304,8 +305,9 @@ class UNetStages(Stages):
                 if step in keep:
                     history[step] = (x - sigma * own).cpu()
                 own = lead(x, own, sigma, i, step)
+                clean = x - sigma * own
                 x = x + (sigma_next - sigma) * own
-                x = self._end_step(index, i, t, x, conditions, run)
+                x = self._end_step(index, i, t, x, conditions, run, clean)
                 bar.update()
         sigma = sigmas[first + stage.steps] if stage.steps else 0.0
         z = way.finished(x / math.sqrt(1 + sigma**2), guide, smaller)
@@ -322,13 +324,21 @@ class UNetStages(Stages):
             self._report(index, stage, method, handle)
 
     def _end_step(
-        self, index: int, i: int, t: torch.Tensor, latents: torch.Tensor, conditions: Conditions, run: Run
+        self,
+        index: int,
+        i: int,
+        t: torch.Tensor,
+        latents: torch.Tensor,
+        conditions: Conditions,
+        run: Run,
+        clean: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Check the numbers and run the step callback."""
+        """Check the numbers and run the step callback; `clean` is what the step estimates, where that is known."""
         self._check_numbers(index, i, t, latents, self._denoiser)
         if run.on_step is not None:
             values = {
                 "latents": latents,
+                "clean": clean,
                 "prompt_embeds": conditions.embeds,
                 "negative_prompt_embeds": conditions.negative,
                 "add_text_embeds": conditions.pooled,
@@ -417,6 +427,11 @@ class UNetStages(Stages):
             return_dict=False,
         )[0]
 
+    def _estimate(self, prediction: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The clean latents that a prediction for z = (x0 + sigma * noise) / sqrt(1 + sigma^2) means, float32."""
+        x = z.float() * math.sqrt(1 + sigma**2)
+        return x - sigma * self._noise_in(prediction.float(), z.float(), sigma)
+
     def _noise_in(self, prediction: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
         """What a prediction of the UNet for z = (x0 + sigma * noise) / sqrt(1 + sigma^2) says about the noise."""
         kind = self.scheduler.config.get("prediction_type", "epsilon")
@@ -492,9 +507,7 @@ class UNetStages(Stages):
     # --- the autoencoder
 
     def _raw_latents(self, result: StageResult) -> torch.Tensor:
-        latents, config = result.latents, self.vae.config
-        mean, std = _statistics(config, latents)
-        return (latents * std / config.scaling_factor + mean).to(self.vae.dtype)
+        return self._decoder_latents(result.latents).to(self.vae.dtype)
 
     def _model_latents(self, raw: torch.Tensor) -> torch.Tensor:
         raw = raw.float()
@@ -524,6 +537,17 @@ class UNetStages(Stages):
     def _pictures(self, *args: Any) -> Any:
         with self._whole_range():
             return super()._pictures(*args)
+
+    def _clean_latents(self, clean: torch.Tensor) -> torch.Tensor:
+        return clean
+
+    def _decoder_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = _statistics(self.vae.config, latents)
+        return latents * std / self.vae.config.scaling_factor + mean
+
+    def sketch(self, clean: torch.Tensor, max_side: int = 256) -> Image.Image:
+        with self._whole_range():
+            return super().sketch(clean, max_side)
 
 
 # --- pure helpers ---------------------------------------------------------------------------------------------------
@@ -580,6 +604,18 @@ def noise_levels(scheduler: Any) -> Levels:
             f"{name} scales the model's input in its own way; use DDIMScheduler or EulerDiscreteScheduler."
         )
     return Levels(timesteps, tuple(sigmas))
+
+
+def _levels_to_show(run: Run, scheduler: Any) -> tuple[float, ...]:
+    """Noise levels of a native stage for a callback that wants clean estimates; none for others, or where unknown."""
+    if run.on_step is None or "clean" not in run.on_step_inputs:
+        return ()
+    if run.levels.sigmas:
+        return run.levels.sigmas
+    try:
+        return noise_levels(scheduler).sigmas
+    except ConfigError:  # any scheduler will do for a native stage alone
+        return ()
 
 
 def distinct(scheduler: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:

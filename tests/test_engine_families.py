@@ -67,6 +67,22 @@ def test_a_folder_of_every_family_generates_at_its_own_size_and_beyond(name: str
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "pixart"])
+def test_models_of_noise_show_small_pictures_on_the_way(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gensparse.engine.watch.SKETCH_PAUSE", 0.0)
+    monkeypatch.setattr("gensparse.engine.watch.SKETCH_SHARE", 0)
+    plain, watched, seen = tmp_path / "plain.png", tmp_path / "watched.png", []
+    asked = job(name, size="72x56")
+    run(asked, OutputOptions(paths=(plain,)))
+    runner = _RUNNERS[f"{asked.model}{asked.dtype}{asked.variant}"]
+    runner.execute(asked, OutputOptions(paths=(watched,), live_preview=True), on_event=seen.append)
+    assert watched.read_bytes() == plain.read_bytes()
+    steps = [event for event in seen if event.phase == "step"]
+    assert all(event.preview is not None for event in steps if event.step < event.steps)
+    width, height = steps[0].preview.size
+    assert 1.1 < width / height < 1.5
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stages_are_planned_as_the_pipeline_plans_them(name: str) -> None:
     pipe = load_pipeline(open_model(job(name)), "fp32", "cpu", "none", ())

@@ -95,7 +95,7 @@ class StepWatch:
     def _sketch(self, pipe: Any, tensors: dict[str, Any]) -> Any:
         """A small picture of what the step estimates, unless the last one is too recent; None without one."""
         start = time.perf_counter()
-        if "clean" not in tensors or start < self._next_sketch:
+        if tensors.get("clean") is None or start < self._next_sketch:
             return None
         with self.guard.asleep():  # an estimate may leave the range of half precision where the picture will not
             picture = pipe.sketch(tensors["clean"])

@@ -181,17 +181,16 @@ def test_inverted_references_are_what_the_model_draws_again(name, stock, monkeyp
     assert (again - clean).norm() < 1e-2 * (other - clean).norm()
 
 
-def test_sketches_are_of_the_picture() -> None:
-    pipe, shown = FluxCustomizePipeline.from_pipe(tiny_pipeline("flux")), []
-    pipe.set_progress_bar_config(disable=True)
+def test_sketches_are_of_the_picture(name, pipe) -> None:
+    shown = []
 
     def note(pipe, i, t, values):
         shown.append((values["clean"].shape[0], pipe.sketch(values["clean"]).size))
         return {}
 
     given = {"callback_on_step_end": note, "callback_on_step_end_tensor_inputs": ["clean"]}
-    pipe(**call("flux"), **given, subjects=[CAT, DOG])
-    assert shown == [(1, (40, 24))] * 3
+    pipe(**call(name), **given, subjects=[CAT, DOG])
+    assert shown == [(1, SIZES[name][::-1])] * 3
 
 
 def test_a_run_can_be_interrupted(name, pipe) -> None:

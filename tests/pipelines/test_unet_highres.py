@@ -135,6 +135,34 @@ def test_several_prompts_without_guidance_and_given_noise_are_diffusers(stock, p
     assert torch.equal(pipe(**call(**more)).images, stock(**call(**more)).images)
 
 
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DDIMScheduler], ids=["euler", "ddim"])
+def test_callbacks_see_what_a_step_estimates(stock, cls):
+    """Behind the last step nothing is left of the noise: the estimate is the picture itself."""
+    pipe, seen, sizes = highres(with_scheduler(stock, cls, set_alpha_to_one=True)), [], []
+
+    def look(p, i, t, values):
+        if i + 1 == p.num_timesteps:
+            seen.append((values["latents"], values["clean"]))
+        sizes.append(p.sketch(values["clean"], max_side=16).size)
+        return {}
+
+    names = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["latents", "clean"]}
+    watched = pipe(**call(stages=plain_stages((32, 24), (60, 44))), **names).images
+    assert torch.equal(watched, pipe(**call(stages=plain_stages((32, 24), (60, 44)))).images)
+    assert sizes == [(12, 16)] * 6
+    for latents, clean in seen:
+        assert torch.allclose(clean.float(), latents.float(), atol=1e-4 * float(latents.abs().max()))
+    assert [tuple(clean.shape) for _, clean in seen] == [(1, 4, 16, 12), (1, 4, 30, 22)]
+
+
+def test_callbacks_see_no_estimate_where_the_noise_is_not_known(stock):
+    pipe, seen = highres(with_scheduler(stock, HeunDiscreteScheduler)), []
+    look = lambda p, i, t, values: seen.append(values["clean"]) or {}  # noqa: E731
+    names = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["clean"]}
+    pipe(**call(height=32, width=32, highres="none", **names))
+    assert set(seen) == {None}
+
+
 def test_callbacks_of_diffusers_see_what_they_know(sdxl):
     from diffusers.callbacks import SDXLCFGCutoffCallback
 
