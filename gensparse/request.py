@@ -15,7 +15,15 @@ from typing import Any, ClassVar, Self
 from gensparse.errors import ConfigError, short, unknown_name
 from gensparse.highres.tiling import parse_tiling
 from gensparse.highres.ways import parse_way
-from gensparse.subjects.naming import check_layout, check_names, parse_subject
+from gensparse.subjects.naming import (
+    Shown,
+    check_layout,
+    check_names,
+    check_pictures,
+    parse_prompts,
+    parse_subject,
+    subject_text,
+)
 
 VERSION = 1
 MAX_PROMPT_CHARS = 200_000
@@ -25,6 +33,8 @@ DTYPES = ("auto", "fp16", "bf16", "fp32")
 QUANTIZE = ("auto", "none", "fp8", "int8", "nf4")
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 ROUNDING = ("nearest", "up", "strict")
+TOGETHER = ("consistory",)  # subject methods that draw several pictures at once
+MAX_TOGETHER = 8
 
 SIZE_FORMS = "4096, 3840x2160 (width x height), 4k, 8k, 2x, 16:9@8mp"
 
@@ -273,28 +283,73 @@ class UpscaleRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class CustomizeRequest(GenerateRequest):
-    """Text and pictures of subjects to picture."""
+    """Text and subjects to picture: subjects by pictures of them, or by words, as the method takes them."""
 
     kind: ClassVar[str] = "customize"
 
-    subject: tuple[str, ...] = ()  # NAME=IMAGE[@MASK] each
+    subject: tuple[str, ...] = ()  # NAME=IMAGE[@MASK][,IMAGE[@MASK]...] each, or NAME alone
     layout: tuple[tuple[str, float, float, float, float], ...] = ()  # (name, left, top, right, bottom) in 0..1
     subject_method: str = "freecustom"
+    subject_prompt: tuple[str, ...] = ()  # NAME=TEXT each: of the subject's pictures or region, else its name
+    more_prompts: tuple[str, ...] = ()  # of further pictures, where the method draws several together
 
     def _normalise(self) -> None:
         super()._normalise()
-        object.__setattr__(self, "subject", _as_tuple(self.subject))
+        for name in ("subject", "subject_prompt", "more_prompts"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        if self.more_prompts and self.num_images == 1:
+            object.__setattr__(self, "num_images", len(self.prompts))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_word("subject_method", self.subject_method)
         for item in self.subject:
             _check_word("subject", item)
-        names = [parse_subject(item)[0] for item in self.subject]
+        for item in self.subject_prompt:
+            _check_text("subject_prompt", item)
+        for item in self.more_prompts:
+            _check_text("prompt", item)
+        names = list(self.shown)
         if not names:
             raise ConfigError("no subject is given; add --subject NAME=IMAGE for each, or use generate")
-        check_names(names)
+        parse_prompts(self.subject_prompt, names)
         object.__setattr__(self, "layout", check_layout(self.layout, names))
+        self._check_set()
+
+    def _check_set(self) -> None:
+        if self.more_prompts and not self.together:
+            raise ConfigError(
+                f"{len(self.prompts)} prompts are given, and {self.subject_method.partition(':')[0]} draws one picture "
+                "at a time; use --subject-method consistory, or --turns"
+            )
+        if self.more_prompts and max(self.num_images, len(self.seed)) != len(self.prompts):
+            raise ConfigError(
+                f"{len(self.prompts)} prompts are given and {max(self.num_images, len(self.seed))} pictures are asked "
+                "for; give one prompt for all pictures, or one for each"
+            )
+        if self.together and max(self.num_images, len(self.seed)) > MAX_TOGETHER:
+            raise ConfigError(
+                f"{max(self.num_images, len(self.seed))} pictures are asked for and all are drawn at once; give at "
+                f"most {MAX_TOGETHER}"
+            )
+
+    @property
+    def shown(self) -> dict[str, tuple[Shown, ...]]:
+        """Pictures of every subject, by name; none of those that are given by words alone."""
+        items = [parse_subject(item) for item in self.subject]
+        check_names([name for name, _ in items])
+        check_pictures([len(shown) for _, shown in items])
+        return dict(items)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of all pictures that are drawn together."""
+        return (self.prompt, *self.more_prompts)
+
+    @property
+    def together(self) -> bool:
+        """Whether all pictures are drawn in one call, seeing each other."""
+        return self.subject_method.partition(":")[0].strip() in TOGETHER
 
 
 KINDS: dict[str, type[Request]] = {cls.kind: cls for cls in (GenerateRequest, UpscaleRequest, CustomizeRequest)}
@@ -373,8 +428,8 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _subject_without_folders(text: str) -> str:
-    name, image, mask = parse_subject(text)
-    return f"{name}={file_name(image)}" + ("" if mask is None else f"@{file_name(mask)}")
+    name, shown = parse_subject(text)
+    return subject_text(name, [Shown(file_name(image), mask and file_name(mask)) for image, mask in shown])
 
 
 def _without_folders(text: str) -> str:

@@ -7,7 +7,7 @@ picture passes. Nothing of what the denoiser makes of them goes on. Larger stage
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ from gensparse.attach import applied
 from gensparse.errors import ConfigError, unknown_name
 from gensparse.highres.stages import Stage
 from gensparse.methods import Method, as_method
+from gensparse.methods.regional import FAMILIES as REGIONAL_FAMILIES
 from gensparse.methods.subject_run import mixed
 from gensparse.pipelines.cascade import Stages
+from gensparse.subjects.areas import Mask, Region
 from gensparse.subjects.cast import Concept, Subjects, token_places
+from gensparse.subjects.read_masks import read_mask
 from gensparse.subjects.references import Fitted, Reference, checked_references
 
 NOISED = ("freecustom", "magicface", "isolation_reposition", "reference_only", "storydiffusion")
@@ -29,6 +32,9 @@ INVERTED = ("masactrl", "style_aligned")
 
 MASKED = ("freecustom", "magicface", "isolation_reposition", "reference_only")
 """Methods that see nothing of a reference but what its mask keeps."""
+
+WORDED = ("regional", "consistory")
+"""Methods that know subjects by words, without pictures of them."""
 
 ALIASES = {"isolation": "isolation_reposition"}
 REGIONAL = ("isolation_reposition",)
@@ -42,35 +48,59 @@ def subject_method(value: Method | str | Mapping[str, Any]) -> Method:
     """The method for subjects that a text, dict or value names.
 
     Raises:
-        ConfigError: none, or one that takes no given pictures.
+        ConfigError: none, or one that takes no subjects.
     """
+    known = (*NOISED, *INVERTED, *WORDED)
     if isinstance(value, str):
         name, colon, rest = value.partition(":")
         value = ALIASES.get(name.strip(), name.strip()) + colon + rest
-        if value.partition(":")[0] not in (*NOISED, *INVERTED):
-            raise ConfigError(unknown_name("subject method", name.strip(), (*NOISED, *INVERTED, *ALIASES)))
+        if value.partition(":")[0] not in known:
+            raise ConfigError(unknown_name("subject method", name.strip(), (*known, *ALIASES)))
     method = as_method(value)
-    if method.name not in (*NOISED, *INVERTED):
-        raise ConfigError(f"{method.name} takes no pictures of subjects; use one of {', '.join((*NOISED, *INVERTED))}")
+    if method.name not in known:
+        raise ConfigError(f"{method.name} takes no subjects; use one of {', '.join(known)}")
     return method
 
 
-def check_subjects(method: Method, family: str, names: Sequence[str], placed: Sequence[str], words: str | None) -> None:
+def check_subjects(
+    method: Method,
+    family: str,
+    names: Sequence[str],
+    placed: Sequence[str],
+    words: str | None,
+    *,
+    pictured: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> None:
     """What can be known to be wrong before anything is encoded.
 
     Args:
         family: of the model, as `gensparse.families` names it.
-        names: of the subjects; placed: those with a region; words: the prompt, None where nobody knows.
+        names: of the subjects, once per reference picture; placed: those with a region; words: the prompt, None where
+            nobody knows.
+        pictured: those with a picture, by default all.
+        prompts: of all pictures that are drawn together; None where nobody knows.
 
     Raises:
         ConfigError: another number of subjects, a model, or subjects without what the method needs.
     """
+    missing = list(dict.fromkeys(name for name in names if name not in placed))
+    shown = list(dict.fromkeys(names if pictured is None else pictured))
+    if method.name in WORDED:
+        _check_words(method, family, names, placed, shown, prompts)
+        return
+    unseen = [name for name in dict.fromkeys(names) if name not in shown]
+    if unseen:
+        raise ConfigError(
+            f"{method.name} needs a picture of {', '.join(unseen)} (NAME=IMAGE); give one, or use regional or "
+            "consistory, which take subjects by words"
+        )
     fixed = getattr(method, "fixed", None)
     if fixed is not None and len(names) != fixed:
-        raise ConfigError(f"{method.name} takes {fixed} subject, and {len(names)} are given; leave the others out")
+        what = "subject" if len(set(names)) == len(names) else "picture of a subject"
+        raise ConfigError(f"{method.name} takes {fixed} {what}, and {len(names)} are given; leave the others out")
     if method.name in UNETS and family != "UNet":
         raise ConfigError(f"{method.name} works on UNets such as SDXL, not on {family}; use freecustom or isolation")
-    missing = [name for name in names if name not in placed]
     if method.name in REGIONAL and missing:
         raise ConfigError(f"{method.name} needs to know where {', '.join(missing)} is to be; give it a box in a layout")
     if method.name == "magicface" and words is not None:
@@ -81,18 +111,84 @@ def check_subjects(method: Method, family: str, names: Sequence[str], placed: Se
             )
 
 
+def _check_words(
+    method: Method,
+    family: str,
+    names: Sequence[str],
+    placed: Sequence[str],
+    pictured: Sequence[str],
+    prompts: Sequence[str] | None,
+) -> None:
+    """The same for methods that take subjects by words."""
+    if pictured:
+        raise ConfigError(
+            f"{method.name} takes subjects by words, and {', '.join(pictured)} has a picture; leave it out, or use "
+            "freecustom or isolation"
+        )
+    if method.name == "regional":
+        missing = [name for name in names if name not in placed]
+        if family not in REGIONAL_FAMILIES:
+            raise ConfigError(
+                f"regional works on {', '.join(REGIONAL_FAMILIES)}, not on {family}; choose another model"
+            )
+        if missing:
+            raise ConfigError(f"regional needs to know where {', '.join(missing)} is to be; give it a box in a layout")
+        return
+    if family != "UNet":
+        raise ConfigError(f"{method.name} works on UNets such as SDXL, not on {family}; choose another model")
+    if placed:
+        raise ConfigError(f"{method.name} leaves places to the model; leave the layout of {', '.join(placed)} out")
+    if prompts is None:
+        return
+    if len(prompts) < 2:
+        raise ConfigError(
+            f"{method.name} makes pictures agree with each other, and one is asked for; ask for two or more, with "
+            "--num-images, several seeds or several prompts"
+        )
+    unsaid = [name for name in names if sum(name.lower() in text.lower() for text in prompts) < 2]
+    if unsaid:
+        raise ConfigError(
+            f"{method.name} finds subjects by their words, and fewer than two of the {len(prompts)} prompts say "
+            f"{', '.join(unsaid)}; name it in them"
+        )
+
+
 @dataclass(eq=False)
 class Cast:
     """Who is in the pictures of a call.
 
     Args:
+        references: one per picture, those of a subject side by side; of subjects by words one each.
+        scenes: prompts of the pictures of the call.
         seed: of the noise on references.
     """
 
     references: tuple[Reference, ...]
     method: Method
-    prompt: str | None
+    scenes: tuple[str, ...] | None
     seed: int = 0
+
+    @property
+    def prompt(self) -> str | None:
+        """Of the first picture; None where it is given as embeddings."""
+        return self.scenes[0] if self.scenes else None
+
+    @property
+    def worded(self) -> bool:
+        """Whether subjects are known by words, so that no reference stands in the batch."""
+        return self.method.name in WORDED
+
+    def by_words(self, tokenizer: Any) -> tuple[Method, Subjects | None]:
+        """The method of subjects without pictures, and what it is told about them."""
+        if self.method.name == "regional":
+            return replace(self.method, regions=[_region(item) for item in self.references]), None
+        concepts = []
+        for item in self.references:
+            places = [token_places(tokenizer, text, item.name) for text in self.scenes or ()]
+            if not any(places):
+                raise ConfigError(f"{self.method.name} finds no {item.name!r} in the prompts; name it there.")
+            concepts.append(Concept(item.name, tokens=places))
+        return self.method, Subjects(*concepts)
 
     @property
     def inverted(self) -> bool:
@@ -116,7 +212,10 @@ class Cast:
             mask = own.shown if self.method.name in MASKED else own.mask
             if mask is None and self.method.name == "isolation_reposition":
                 mask = own.area
-            concepts.append(Concept(item.name, mask=mask, region=item.place(size), tokens=words))
+            number = sum(known.subject == item.name for known in concepts)
+            name = f"{item.name} ({number + 1})" if number else item.name
+            region = item.place(size)
+            concepts.append(Concept(name, mask=mask, region=region, tokens=words, subject=item.name))
         return Subjects(*concepts)
 
 
@@ -145,10 +244,19 @@ class Customizes(Stages):
         references, chosen = checked_references(subjects), subject_method(method)
         if options.get("image") is not None:
             raise ConfigError("subjects act where a picture is drawn anew, and image= is given; leave one of both out.")
-        first = prompt if isinstance(prompt, str) or prompt is None else prompt[0]
-        placed = [item.name for item in references if item.region is not None]
-        check_subjects(chosen, family, [item.name for item in references], placed, first)
-        self._cast = Cast(references, chosen, first, int(getattr(chosen, "seed", 0)))
+        texts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        copies = options.get("num_images_per_prompt") or 1
+        scenes = None if texts is None else tuple(text for text in texts for _ in range(copies))
+        check_subjects(
+            chosen,
+            family,
+            [item.name for item in references],
+            list(dict.fromkeys(item.name for item in references if item.region is not None)),
+            None if scenes is None else scenes[0],
+            pictured=[item.name for item in references if item.picture is not None],
+            prompts=scenes,
+        )
+        self._cast = Cast(references, chosen, scenes, int(getattr(chosen, "seed", 0)))
         try:
             yield
         finally:
@@ -164,6 +272,16 @@ class Customizes(Stages):
             facts = {"method": cast.method.to_dict(), "names": list(subjects.names), **handle.report()}
             self.attention_report[-1]["subjects"] = facts
 
+    @contextmanager
+    def _told_by_words(self, cast: Cast) -> Iterator[Any]:
+        """The same for subjects without pictures; gives the handle of the method."""
+        method, subjects = cast.by_words(self.tokenizer)
+        with applied(self, method, subjects=subjects) as handle:
+            handle.restart(steps=self._num_timesteps)
+            yield handle
+            names = [item.name for item in cast.references]
+            self.attention_report[-1]["subjects"] = {"method": method.to_dict(), "names": names, **handle.report()}
+
     def _clean(
         self, cast: Cast, fitted: Sequence[Fitted], stage: Stage, tile: Any, device: torch.device
     ) -> torch.Tensor:
@@ -173,6 +291,13 @@ class Customizes(Stages):
 
 
 # --- pure helpers ---------------------------------------------------------------------------------------------------
+
+
+def _region(item: Reference) -> Region:
+    """A subject by words, in its place."""
+    if isinstance(item.region, tuple):
+        return Region(item.text, box=item.region, subject=item.name)
+    return Region(item.text, mask=Mask.of(read_mask(item.region)), subject=item.name)
 
 
 def noise_at(clean: torch.Tensor, cast: Cast, step: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from gensparse.processors.agents import SiteNotes
 from gensparse.processors.rotation import Rotary, turned_to
 from gensparse.processors.shared import Seen, View, target_part
 from gensparse.subjects.cast import Subjects
-from gensparse.subjects.masks import last_wins, token_mask
+from gensparse.subjects.masks import apart, token_mask
 from gensparse.subjects.reposition import Move, reposition
 
 if TYPE_CHECKING:
@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 
 
 class Masks(NamedTuple):
-    """Where the subjects are in their references and in the scene, bool [subjects, rows, columns]; scenes disjoint."""
+    """Where the subjects are in their references and in the scene, bool [references, rows, columns].
+
+    Args:
+        targets: disjoint between subjects.
+        owners: number of the subject of every reference, from 0; by default each has its own.
+    """
 
     sources: Tensor
     targets: Tensor
+    owners: tuple[int, ...] | None = None
 
     @property
     def groups(self) -> np.ndarray:
         """Subject of every token of the scene, from 1; 0 is the background."""
-        numbers = torch.arange(1, len(self.targets) + 1)[:, None]
-        return (self.targets.flatten(1).long() * numbers).sum(0).numpy()
+        owners = torch.arange(len(self.targets)) if self.owners is None else torch.tensor(self.owners)
+        return (self.targets.flatten(1).long() * (owners + 1)[:, None]).amax(0).numpy()
 
 
 class Shown(NamedTuple):
@@ -54,7 +60,7 @@ def shown(masks: Masks, kept: Tensor | None, *, moved: bool) -> Shown:
     sources, targets = masks.sources.flatten(1), masks.targets.flatten(1)
     queries = targets if kept is None else _thinned(targets, kept)
     if moved:
-        moves = [reposition(source, target) for source, target in zip(*masks, strict=True)]
+        moves = [reposition(source, target) for source, target in zip(masks.sources, masks.targets, strict=True)]
     else:
         keys = sources if kept is None else _thinned(sources, kept)
         moves = [Move(*(mask.nonzero()[:, 0],) * 2) for mask in keys]
@@ -130,7 +136,8 @@ class IsolationRun(SubjectRun):
             concepts = self.subjects.concepts
             sources = [token_mask(whole if item.mask is None else item.mask, grid) for item in concepts]
             targets = [token_mask(item.region, grid) for item in concepts if item.region is not None]
-            self._masks[grid] = Masks(torch.stack(sources), last_wins(torch.stack(targets)))
+            owners = self.subjects.owners
+            self._masks[grid] = Masks(torch.stack(sources), apart(torch.stack(targets), owners), owners)
         return self._masks[grid]
 
     def shown(self, grid: Grid2, step: int) -> Shown:

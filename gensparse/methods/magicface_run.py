@@ -18,7 +18,7 @@ from gensparse.processors.read_maps import given_to, partner, queries_and_keys
 from gensparse.processors.shared import Seen, View
 from gensparse.subjects.attention_maps import cross_maps, self_times
 from gensparse.subjects.cast import Subjects
-from gensparse.subjects.masks import last_wins, to_grid
+from gensparse.subjects.masks import apart, to_grid
 from gensparse.subjects.segmentation import balanced, foreground_maps, guidance_rate, segment, spread_maps
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class MagicFaceRun(SubjectRun):
                 planes.append(to_grid(self._segments.found[picture, word].cpu(), grid))
             else:
                 planes.append(torch.zeros(grid, dtype=torch.bool))
-        return [mask.flatten().numpy() for mask in last_wins(torch.stack(planes))]
+        return [mask.flatten().numpy() for mask in apart(torch.stack(planes), self.subjects.owners)]
 
     def views(self, site: SharedSite, batch: Batch, k: Tensor, v: Tensor, layout: Layout) -> list[View | None]:
         weights = weights_of(self.method.name, self.method.weights, len(batch.names))
@@ -186,8 +186,9 @@ class MagicFaceRun(SubjectRun):
             else torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).to(maps).expand(len(maps), 2, *maps.shape[2:])
         )
         damping = self.method.damping
-        damping = (0.9 if len(self._words) == 1 else 0.5) if damping is None else damping
-        words = [word for word in self._words if word >= 0]
+        assert self.subjects is not None, "checked when the batch was read"
+        damping = (0.9 if max(self.subjects.owners) == 0 else 0.5) if damping is None else damping
+        words = list(dict.fromkeys(word for word in self._words if word >= 0))
         parts = [segment(a, b, words, damping) for a, b in zip(maps, fronts, strict=True)]
         found, front_masks = zip(*parts, strict=True)
         return Segments(torch.stack(found), torch.stack(front_masks))

@@ -24,6 +24,7 @@ class Concept:
             given, and noised to the level of each step; None for one that is generated along.
         tokens: places of its words in the prompt (0 is the first token of the text encoder's input), for methods that
             look at cross-attention; one tuple for all prompts, or one per picture of the batch.
+        subject: whom it shows, where several reference pictures show one: they share its region; by default its name.
 
     Raises:
         ConfigError: a name that is no text, a mask of another form, or latents or tokens of another form.
@@ -34,9 +35,16 @@ class Concept:
     region: Tensor | None = None
     latents: Tensor | None = None
     tokens: tuple[Any, ...] = ()
+    subject: str = ""
 
     def __init__(
-        self, name: str, mask: Any = None, region: Any = None, latents: Tensor | None = None, tokens: Sequence[Any] = ()
+        self,
+        name: str,
+        mask: Any = None,
+        region: Any = None,
+        latents: Tensor | None = None,
+        tokens: Sequence[Any] = (),
+        subject: str | None = None,
     ) -> None:
         if not (isinstance(name, str) and name.strip()):
             raise ConfigError(f"Concept name={name!r} is not allowed; pass a name.")
@@ -48,6 +56,7 @@ class Concept:
         object.__setattr__(self, "region", None if region is None else read_mask(region))
         object.__setattr__(self, "latents", latents)
         object.__setattr__(self, "tokens", _places(name, tokens))
+        object.__setattr__(self, "subject", subject or name)
 
     def places(self, picture: int) -> tuple[int, ...]:
         """Places of its words in the prompt of a picture of the batch."""
@@ -87,6 +96,12 @@ class Subjects:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(item.name for item in self.concepts)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Number of the subject that every concept shows, from 0 in the order in which they appear."""
+        known = list(dict.fromkeys(item.subject for item in self.concepts))
+        return tuple(known.index(item.subject) for item in self.concepts)
 
     def __getitem__(self, name: str) -> Concept:
         """The concept of a name; ConfigError where there is none."""

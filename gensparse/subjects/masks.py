@@ -1,5 +1,7 @@
 """Masks: from pictures to token grids, and the keys they keep. Grids are (rows, columns), never the root of a count."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,6 +56,18 @@ def last_wins(regions: Tensor) -> Tensor:
     regions = regions.bool()
     later = regions.flip(0).cumsum(0).flip(0) - regions.long()
     return regions & (later == 0)
+
+
+def apart(regions: Tensor, owners: Sequence[int]) -> Tensor:
+    """Masks bool [R, ...] made disjoint between owners, see `last_wins`; those of one owner are one region together.
+
+    Args:
+        owners: number of whom each region belongs to, from 0.
+    """
+    regions = regions.bool()
+    belongs = torch.tensor(owners, device=regions.device)
+    whole = torch.stack([regions[belongs == owner].any(0) for owner in range(max(owners) + 1)])
+    return last_wins(whole)[belongs]
 
 
 def gather_keys(k: Tensor, v: Tensor, keep: Tensor, multiple: int = 64) -> tuple[Tensor, Tensor, Tensor]:

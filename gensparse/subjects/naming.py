@@ -1,14 +1,49 @@
 """What can be said about named subjects and their boxes without loading anything."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gensparse.errors import ConfigError, short
 
 MAX_SUBJECTS = 5
 """Every subject is one more picture in each denoiser call."""
+
+MAX_PICTURES = 8
+"""Of all subjects together; every one is a reference of its own in each denoiser call."""
+
+Box = tuple[float, float, float, float]
+
+
+class Shown(NamedTuple):
+    """A picture of a subject.
+
+    Args:
+        image: its file.
+        mask: the file of its mask, or the box "LEFT:TOP:RIGHT:BOTTOM" in shares of its width and height, where the
+            subject is; None for all of it.
+    """
+
+    image: str
+    mask: str | None = None
+
+    @property
+    def box(self) -> Box | None:
+        """The box that the mask is, or None."""
+        return mask_box(self.mask)
+
+
+def mask_box(mask: str | None) -> Box | None:
+    """The box "LEFT:TOP:RIGHT:BOTTOM" that stands in place of the file of a mask; None where it is none.
+
+    Raises:
+        ConfigError: a box that is empty or outside of the picture.
+    """
+    if mask is None or not re.fullmatch(r"\d*\.?\d+(:\d*\.?\d+){3}", mask):
+        return None
+    return checked_box(mask, [float(number) for number in mask.split(":")])
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -22,7 +57,7 @@ def check_names(names: Sequence[str]) -> None:
         raise ConfigError(f"two subjects are named {twice[:60]!r}; give each a name of its own")
 
 
-def checked_box(name: str, box: Any) -> tuple[float, float, float, float]:
+def checked_box(name: str, box: Any) -> Box:
     """A box in shares of width and height.
 
     Raises:
@@ -41,17 +76,69 @@ def checked_box(name: str, box: Any) -> tuple[float, float, float, float]:
     return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
-def parse_subject(text: str) -> tuple[str, str, str | None]:
-    """(name, file of its picture, file of its mask or None) of NAME=IMAGE[@MASK]; the last @ parts the mask.
+_SUBJECT = "NAME=IMAGE, NAME=IMAGE@MASK, several of these joined by commas, or NAME alone"
+
+
+def parse_subject(text: str) -> tuple[str, tuple[Shown, ...]]:
+    """The name of a subject and its pictures, from NAME=IMAGE[@MASK][,IMAGE[@MASK]...]; none of NAME alone.
+
+    The last @ of a picture parts its mask; nothing behind it is no mask, for files with @ in their name. A comma in the
+    name of a file is written twice.
 
     Raises:
-        ConfigError: text of another form.
+        ConfigError: text of another form, too many pictures, or a box that is no mask.
     """
     name, equals, files = text.partition("=")
-    image, at, mask = files.rpartition("@") if "@" in files else (files, "", "")
-    if not (equals and name.strip() and image and (mask or not at)):
-        raise ConfigError(f"subject {short(text)} is not NAME=IMAGE or NAME=IMAGE@MASK; write cat=cat.png@cat_mask.png")
-    return name.strip(), image, mask or None
+    items = [part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", files)] if equals else []
+    shown = []
+    for item in items:
+        image, _, mask = item.rpartition("@") if "@" in item else (item, "", "")
+        if not image:
+            raise ConfigError(f"subject {short(text)} is not {_SUBJECT}; write cat=cat.png@cat_mask.png")
+        mask_box(mask)
+        shown.append(Shown(image, mask or None))
+    if not name.strip():
+        raise ConfigError(f"subject {short(text)} is not {_SUBJECT}; write cat=cat.png@cat_mask.png")
+    return name.strip(), tuple(shown)
+
+
+def subject_text(name: str, shown: Sequence[Shown]) -> str:
+    """What `parse_subject` reads back."""
+    parts = []
+    for image, mask in shown:
+        at = f"@{mask}" if mask is not None else "@" if "@" in image else ""
+        parts.append(f"{image}{at}".replace(",", ",,"))
+    return f"{name}={','.join(parts)}" if parts else name
+
+
+def check_pictures(counts: Sequence[int]) -> None:
+    """ConfigError for more pictures of subjects than there may be."""
+    if sum(counts) > MAX_PICTURES:
+        raise ConfigError(
+            f"{sum(counts)} pictures of subjects are given and each is one more in every step; give at most "
+            f"{MAX_PICTURES}"
+        )
+
+
+def parse_prompts(items: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """{name: text} of NAME=TEXT each.
+
+    Raises:
+        ConfigError: text of another form, or a name that is no subject's or is there twice.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, text = (part.strip() for part in item.partition("="))
+        if not (name and equals and text):
+            raise ConfigError(f'subject prompt {short(item)} is not NAME=TEXT; write cat="a grey cat"')
+        if name not in names:
+            raise ConfigError(
+                f"a prompt is given for {name[:60]!r}, and subjects are {', '.join(names)[:120]}; use those names"
+            )
+        if name in found:
+            raise ConfigError(f"two prompts are given for {name[:60]!r}; give every subject one")
+        found[name] = text
+    return found
 
 
 def read_layout(path: Path) -> list[Any]:

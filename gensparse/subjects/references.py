@@ -1,7 +1,7 @@
 """Subjects by their pictures: what a pipeline for several subjects is given, fitted to the size of the new picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,31 @@ from torch import Tensor
 
 from gensparse.errors import ConfigError, short
 from gensparse.subjects.masks import to_grid
-from gensparse.subjects.naming import check_names, checked_box
+from gensparse.subjects.naming import check_names, check_pictures, checked_box
 from gensparse.subjects.read_masks import box_mask, read_mask
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A subject of the picture to come, and a picture that shows it.
+    """A subject of the picture to come, and a picture that shows it, or several.
 
     Args:
         name: a word or words for it; where a method looks for it in the prompt, it looks for these.
-        picture: a file, a PIL picture, or an array [H, W, 3] of bytes, of any size.
-        mask: where it is in that picture, see `read_mask`; None for all of it that is not transparent.
+        picture: a file, a PIL picture, or an array [H, W, 3] of bytes, of any size; a list for several pictures, each a
+            reference of its own; None for a subject by words alone, as the methods "regional" and "consistory" take it.
+        mask: where it is in that picture: (left, top, right, bottom) in shares of its width and height, or a mask, see
+            `read_mask`; None for all of it that is not transparent. Of several pictures a list, with one for each.
         region: where it is to be: (left, top, right, bottom) in shares of width and height, or a mask; None where the
             method finds that out or needs none.
-        prompt: of its picture; by default the name.
+        prompt: of its pictures, or of its region; by default the name.
 
     Raises:
-        ConfigError: a name or prompt that is no text, or a box that is empty or outside of the picture.
+        ConfigError: a name or prompt that is no text, a box that is empty or outside of the picture, no picture in a
+            list, or another number of masks.
     """
 
     name: str
-    picture: Any
+    picture: Any = None
     mask: Any = None
     region: Any = None
     prompt: str | None = None
@@ -44,6 +47,33 @@ class Reference:
             raise ConfigError(f"The prompt of {self.name!r} is {short(self.prompt)}; pass text, or leave it out.")
         if isinstance(self.region, list | tuple):
             object.__setattr__(self, "region", checked_box(self.name, self.region))
+        if isinstance(self.picture, list | tuple):
+            self._check_list()
+        elif isinstance(self.mask, list | tuple):
+            object.__setattr__(self, "mask", checked_box(self.name, self.mask))
+        if self.picture is None and self.mask is not None:
+            raise ConfigError(f"{self.name!r} has a mask and no picture; pass the picture it belongs to.")
+
+    def _check_list(self) -> None:
+        count = len(self.picture)
+        masks = [None] * count if self.mask is None else self.mask
+        if not count or any(item is None for item in self.picture):
+            raise ConfigError(f"{self.name!r} has a list without a picture; pass files, or None for words alone.")
+        if not isinstance(masks, list | tuple) or len(masks) != count:
+            raise ConfigError(
+                f"{self.name!r} has {count} pictures, and its masks are {short(self.mask)}; pass a list with a mask or "
+                "None for each."
+            )
+        object.__setattr__(self, "picture", tuple(self.picture))
+        object.__setattr__(self, "mask", tuple(masks))
+
+    @property
+    def parts(self) -> "tuple[Reference, ...]":
+        """One reference per picture, all of this name."""
+        if not isinstance(self.picture, tuple):
+            return (self,)
+        pairs = zip(self.picture, self.mask, strict=True)
+        return tuple(replace(self, picture=picture, mask=mask) for picture, mask in pairs)
 
     @property
     def text(self) -> str:
@@ -59,10 +89,12 @@ class Reference:
         """The picture at (height, width) pixels, its sides in their ratio, borders repeated around it.
 
         Raises:
-            ConfigError: a picture or mask that cannot be read.
+            ConfigError: a picture or mask that cannot be read, or none or several.
         """
         from PIL import Image
 
+        if self.picture is None or isinstance(self.picture, tuple):
+            raise ConfigError(f"{self.name!r} is no single picture; fit each of Reference.parts.")
         picture, cut = opened(self.picture, self.name)
         scale = min(size[0] / picture.height, size[1] / picture.width)
         inner = tuple(
@@ -74,10 +106,14 @@ class Reference:
         ]
         pixels = torch.from_numpy(np.pad(small, (*margins, (0, 0)), mode="edge"))
         area = _framed(torch.ones(inner, dtype=torch.bool) if cut is None else to_grid(cut, inner).bool(), margins)
-        own = None if self.mask is None else _framed(to_grid(read_mask(self.mask), inner).bool(), margins)
+        own = None if self.mask is None else _framed(to_grid(self._masked(_sides(picture)), inner).bool(), margins)
         if own is not None and not bool(own.any()):
             raise ConfigError(f"The mask of {self.name!r} keeps nothing; paint the subject white.")
         return Fitted(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, own, area)
+
+    def _masked(self, size: tuple[int, int]) -> Tensor:
+        """Its mask, bool [H, W] of any size; of a box at the (height, width) of the picture."""
+        return box_mask(self.mask, size) if isinstance(self.mask, tuple) else read_mask(self.mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +139,18 @@ class Fitted:
 
 
 def checked_references(subjects: Any) -> tuple[Reference, ...]:
-    """Subjects as a tuple.
+    """Subjects as a tuple, one reference per picture: those of one subject have one name and stand side by side.
 
     Raises:
-        ConfigError: something else than references, none or too many of them, or two of one name.
+        ConfigError: something else than references, none or too many of them or of their pictures, or two of one name.
     """
     items = tuple(subjects) if isinstance(subjects, list | tuple) else ()
     if not items or not all(isinstance(item, Reference) for item in items):
         raise ConfigError(f"subjects={short(subjects)} is not allowed; pass a list of gensparse.Reference values.")
     check_names([item.name for item in items])
-    return items
+    parts = [item.parts for item in items]
+    check_pictures([len(own) for own in parts])
+    return tuple(part for own in parts for part in own)
 
 
 def opened(picture: Any, name: str) -> tuple[Any, Tensor | None]:
