@@ -6,7 +6,7 @@ stays in the pipeline's own file.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gensparse.highres.frequency import Motion, guided_velocity
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size, steps_within
 from gensparse.highres.tiling import Tiling, choose_tiling, parse_tiling
 from gensparse.methods import Method, as_method
+from gensparse.processors.tally import merged
 
 CONFIG_FILE = "gensparse.json"
 DENSE_BELOW = 8192  # tokens up to which attention="auto" stays dense, unless the model's config says otherwise
@@ -146,15 +147,57 @@ class Stages:
             return nullcontext(own)
         return applied(self, method, dense_steps=dense_steps, dense_layers=dense_layers)
 
-    def _report(self, index: int, stage: Stage, method: Method | None = None, handle: Any = None) -> None:
+    @contextmanager
+    def _sparse_beside(
+        self,
+        models: Sequence[torch.nn.Module],
+        method: Method | None,
+        dense_steps: int,
+        steps: int,
+        *,
+        automatic: bool = False,
+    ) -> Iterator[list[Any]]:
+        """The attention of models that run with the denoiser, and the handles of those that have any; as `_sparse`.
+
+        They have layers of their own, so that weights and layer numbers of the denoiser's are not for them.
+        """
+        method = None if automatic and attached(self) is not None else method
+        with ExitStack() as stack:
+            handles = []
+            for model in models:
+                own = attached(model)
+                if method is not None:
+                    plain = replace(method, weights=None) if getattr(method, "weights", None) else method
+                    own = stack.enter_context(applied(model, plain, dense_steps=dense_steps))
+                    own.restart(steps)
+                handles += [] if own is None else [own]
+            yield handles
+
+    def _report(
+        self, index: int, stage: Stage, method: Method | None = None, handle: Any = None, beside: Sequence[Any] = ()
+    ) -> None:
+        """Note what the attention of a stage did; sites of models `beside` the denoiser are counted with its own."""
         facts = {"stage": index, "height": stage.height, "width": stage.width}
         facts["method"] = "dense" if method is None else method.to_dict()
-        self.attention_report.append({**facts, **(handle.report() if handle is not None else {})})
+        report = handle.report() if handle is not None else {}
+        others = [own.report() for own in beside]
+        if others:
+            report |= merged([*([report] if report else []), *others])
+            report["beside"] = [{name: own[name] for name in ("sparse", "dense", "calls", "density")} for own in others]
+        self.attention_report.append({**facts, **report})
 
     # --- the autoencoder
 
     def _raw_latents(self, result: StageResult) -> torch.Tensor:
         """Latents of a stage as the autoencoder's decode() takes them, [B, C, h, w]."""
+        raise NotImplementedError
+
+    def _clean_latents(self, clean: torch.Tensor) -> torch.Tensor:
+        """Estimates as step callbacks get them, as latents [B, C, h, w] of the model."""
+        raise NotImplementedError
+
+    def _decoder_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, h, w] of the model as the decoder takes them."""
         raise NotImplementedError
 
     def _model_latents(self, raw: torch.Tensor) -> torch.Tensor:
@@ -192,14 +235,6 @@ class Stages:
             return resample.enlarge_sharpened(picture, size, (*rows, *cols), amount)
 
         tiling = self._tiling(size, vae_tile)
-    def _clean_latents(self, clean: torch.Tensor) -> torch.Tensor:
-        """Estimates as step callbacks get them, as latents [B, C, h, w] of the model."""
-        raise NotImplementedError
-
-    def _decoder_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, h, w] of the model as the decoder takes them."""
-        raise NotImplementedError
-
         if tiling is None:
             pixels = read((0, size[0]), (0, size[1])).to(device, self.vae.dtype)
             latents = vae_tiles.encoded(self.vae, pixels)
@@ -231,6 +266,18 @@ class Stages:
         shrink = min(1.0, max_side / max(result.height, result.width))
         size = (max(1, round(result.height * shrink)), max(1, round(result.width * shrink)))
         return self.image_processor.postprocess(F.interpolate(picture, size=size, mode="area"), output_type="pil")
+
+    @torch.no_grad()
+    def sketch(self, clean: torch.Tensor, max_side: int = 256) -> Image.Image:
+        """A small picture of the estimate that a step callback gets as "clean", decoded from latents made smaller.
+
+        About as costly as decoding `max_side` x `max_side` pixels, whatever the size of the stage.
+        """
+        latents = self._clean_latents(clean[:1].float())
+        shrink = min(1.0, max_side / (max(latents.shape[-2:]) * self.vae_scale_factor))
+        small = F.adaptive_avg_pool2d(latents, [max(1, round(side * shrink)) for side in latents.shape[-2:]])
+        raw = self._decoder_latents(small).to(get_module_execution_device(self.vae), self.vae.dtype)
+        return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw).float(), output_type="pil")[0]
 
     def _check_tiling(self, vae_tile: int | str | None) -> None:
         """ConfigError for tiles that the autoencoder has no rule for."""
@@ -267,18 +314,6 @@ class Stages:
             raw = self._raw_latents(result).to(get_module_execution_device(self.vae))
             return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw), output_type=output_type)
         count, size = result.latents.shape[0], (result.height, result.width)
-    @torch.no_grad()
-    def sketch(self, clean: torch.Tensor, max_side: int = 256) -> Image.Image:
-        """A small picture of the estimate that a step callback gets as "clean", decoded from latents made smaller.
-
-        About as costly as decoding `max_side` x `max_side` pixels, whatever the size of the stage.
-        """
-        latents = self._clean_latents(clean[:1].float())
-        shrink = min(1.0, max_side / (max(latents.shape[-2:]) * self.vae_scale_factor))
-        small = F.adaptive_avg_pool2d(latents, [max(1, round(side * shrink)) for side in latents.shape[-2:]])
-        raw = self._decoder_latents(small).to(get_module_execution_device(self.vae), self.vae.dtype)
-        return self.image_processor.postprocess(vae_tiles.decoded(self.vae, raw).float(), output_type="pil")[0]
-
         if output_type == "pil" and not self._is_decoded(result):
             strips = (self._strips(result, k, vae_tile) for k in range(count))
             buffers = (torch.empty(*size, 3, dtype=torch.uint8) for _ in range(count))

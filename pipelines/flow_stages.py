@@ -106,6 +106,7 @@ class Run:
         native_grid: tokens (rows, columns) of this picture at the size of training.
         position: a key of `gensparse.highres.rope.RULES`.
         anchors: of a stage whose method records the smaller picture; recorded: (stage, this run) -> that call.
+        beside: models that run with the transformer, on the same tokens: same positions, same attention.
     """
 
     wishes: Wishes
@@ -123,6 +124,7 @@ class Run:
     told: dict[str, torch.Tensor] = field(default_factory=dict)
     anchors: Any = None
     recorded: Callable[[Stage, "Run"], dict[str, Any]] | None = None
+    beside: Sequence[torch.nn.Module] = ()
 
     @property
     def steps(self) -> int:
@@ -506,8 +508,9 @@ class FlowStages(Stages):
         wishes = run.wishes
         chosen, automatic = self._stage_attention(stage, run), wishes.attention == "auto" and wishes.way is None
         with (
+            self._sparse_beside(run.beside, chosen, wishes.dense_steps, stage.steps, automatic=automatic) as beside,
             self._sparse(chosen, wishes.dense_steps, wishes.dense_layers, automatic=automatic) as handle,
-            _positions_of(self.transformer) as install,
+            _positions_of(self.transformer, *run.beside) as install,
         ):
             method = None if handle is None else handle.method
             tables = {pad: self._position_table(stage, pad, method, run) for pad in pads}
@@ -526,7 +529,7 @@ class FlowStages(Stages):
                 with self.transformer.cache_context("anchors"):
                     handle.record(keep_on=run.wishes.way.keep_on, **run.recorded(stage, run))
             yield place
-            self._report(index, stage, method, handle)
+            self._report(index, stage, method, handle, beside)
 
     def _position_table(self, stage: Stage, pad: int, method: Method | None, run: Run) -> Any:
         """The module that takes the place of the transformer's `pos_embed`; None leaves its own there."""
@@ -650,11 +653,17 @@ def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
-def _positions_of(transformer: torch.nn.Module) -> Iterator[Callable[[torch.nn.Module], None]]:
-    """Gives a function that swaps the position embedding; the model's own comes back at the end."""
-    model = _uncompiled(transformer)
-    own = model.pos_embed
+def _positions_of(*models: torch.nn.Module) -> Iterator[Callable[[torch.nn.Module], None]]:
+    """Gives a function that swaps the position embeddings; the models' own come back at the end."""
+    plain = [_uncompiled(model) for model in models]
+    own = [model.pos_embed for model in plain]
+
+    def install(table: torch.nn.Module) -> None:
+        for model in plain:
+            model.pos_embed = table
+
     try:
-        yield lambda table: setattr(model, "pos_embed", table)
+        yield install
     finally:
-        model.pos_embed = own
+        for model, table in zip(plain, own, strict=True):
+            model.pos_embed = table

@@ -6,7 +6,7 @@ Bu et al., "HiFlow: training-free high-resolution image generation with flow-ali
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxMultiControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -34,6 +36,7 @@ from gensparse.highres.rope import PositionTable
 from gensparse.highres.stages import Stage, StageResult, StageStore
 from gensparse.methods import Method
 from gensparse.pipelines.flow_stages import FlowStages, Run, Velocity, Wishes
+from gensparse.pipelines.flux_control import Control, control_of
 from gensparse.pipelines.flux_ways import WAYS as PROCEDURES
 from gensparse.pipelines.flux_ways import FluxWay, as_flux_way
 
@@ -68,6 +71,7 @@ class Prompts:
     negative: Condition | None
     guidance_scale: float
     true_cfg_scale: float
+    control: Control | None = None
 
 
 class FluxHighresPipeline(FlowStages, FluxPipeline):
@@ -75,9 +79,12 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
     Text to image and image to larger image for FLUX.1-type models, at any size.
 
     Components are those of [`FluxPipeline`]; [`AutoencoderTiny`] may stand for the VAE. Load it with `from_pretrained`,
-    or share the weights of a loaded pipeline: `FluxHighresPipeline.from_pipe(pipe)`.
+    or share the weights of a loaded pipeline: `FluxHighresPipeline.from_pipe(pipe)`. From a [`FluxControlNetPipeline`]
+    or [`FluxControlNetImg2ImgPipeline`] it takes the ControlNets too, which then act in every stage.
 
     Args:
+        controlnet ([`FluxControlNetModel`], [`FluxMultiControlNetModel`] or a list of the former, *optional*):
+            Used in calls with a `control_image`.
         gensparse_config (`dict`, *optional*):
             What a model says about itself, read from `gensparse.json` beside `model_index.json` if there is one:
             `native_size` (pixels), `position_ids` ("centre-aligned scene units": trained on close-ups, so larger
@@ -86,6 +93,7 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "clean")  # clean: the estimate of the finished picture
+    _optional_components: ClassVar = [*FluxPipeline._optional_components, "controlnet"]
 
     def __init__(
         self,
@@ -98,6 +106,11 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
         transformer: FluxTransformer2DModel,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
+        controlnet: FluxControlNetModel
+        | FluxMultiControlNetModel
+        | list[FluxControlNetModel]
+        | tuple[FluxControlNetModel, ...]
+        | None = None,
         gensparse_config: dict[str, Any] | None = None,
     ):
         super().__init__(
@@ -111,8 +124,16 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
+        nets = controlnet if isinstance(controlnet, list | tuple) else None
+        self.register_modules(controlnet=controlnet if nets is None else FluxMultiControlNetModel(nets))
         self.register_to_config(gensparse_config=gensparse_config)
         self._init_stages()
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        # diffusers would leave it behind, since its type is one of several
+        kwargs.setdefault("controlnet", getattr(pipeline, "controlnet", None))
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def _interpolates(self) -> bool:
@@ -178,6 +199,11 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
         highres: str | FluxWay = "cascade",
         image: Image.Image | torch.Tensor | np.ndarray | None = None,
         strength: float | None = None,
+        control_image: Any = None,
+        control_mode: int | Sequence[int | None] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
         stages: Sequence[Stage] | None = None,
         attention: Method | str | Mapping[str, Any] = "auto",
         dense_steps: int = 0,
@@ -204,6 +230,14 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
                 Picture of any size to start from in place of the native stage.
             strength (`float`, *optional*):
                 With `image`: share of the noise range that is redone, 0 keeps the picture, 1 starts from noise.
+            control_image (as `image`, or a list with one for each ControlNet, *optional*):
+                What the ControlNets are shown, of any size: every stage gets it resized. Without it they are left out.
+            control_mode (`int` or a list, *optional*):
+                Kind of control, for union ControlNets.
+            controlnet_conditioning_scale (`float` or a list, defaults to 1.0):
+                Factor on what the ControlNets add.
+            control_guidance_start (`float` or a list), control_guidance_end (`float` or a list):
+                Share of the whole run's steps in which they act; a larger stage runs the last part of those steps.
             stages (`Sequence[Stage]`, *optional*):
                 The cascade, native stage first; by default `self.plan(height, width, num_inference_steps, highres)`.
             attention (`str` or `Method`, defaults to `"auto"`):
@@ -275,7 +309,18 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
         )
 
         # 3. the stages
-        prompts = Prompts(positive, negative, guidance_scale, true_cfg_scale)
+        control = control_of(
+            self.controlnet,
+            control_image,
+            control_mode,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
+            batch=positive.embeds.shape[0],
+        )
+        if control is not None and way is not None:
+            way.check_control()
+        prompts = Prompts(positive, negative, guidance_scale, true_cfg_scale, control)
         run = self._run(
             wishes,
             stages,
@@ -286,6 +331,7 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
             guided=negative is not None,
         )
         run.recorded = partial(self._anchor_call, prompts)
+        run.beside = () if control is None else control.nets
         result = self._render(
             run, stages, planned, image, strength, generator, latents, stage_store, callback_on_stage_end
         )
@@ -300,29 +346,35 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
         """The velocity of a stage, with true guidance where the stage has it."""
         guidance = self._guidance(prompts, stage, run)
         # one tensor per grid for the whole stage: who reads the grid from it remembers the tensor
-        ids = {pad: self._image_ids(stage, run, pad) for pad in ((1, 0) if stage.patch_shift else (0,))}
+        pads = (1, 0) if stage.patch_shift else (0,)
+        ids = {pad: self._image_ids(stage, run, pad) for pad in pads}
+        control = None if prompts.control is None else prompts.control.at_stage(self, stage, run, pads)
+        scale = self._scale(prompts, stage, run)
 
-        def half(latents: torch.Tensor, t: torch.Tensor, pad: int, text: Condition, name: str) -> torch.Tensor:
-            timestep = t.expand(latents.shape[0]).to(latents.dtype)
+        def call(latents: torch.Tensor, t: torch.Tensor, pad: int, text: Condition) -> dict[str, Any]:
+            return {
+                "hidden_states": latents,
+                "timestep": t.expand(latents.shape[0]).to(latents.dtype) / 1000,
+                "pooled_projections": text.pooled,
+                "encoder_hidden_states": text.embeds,
+                "txt_ids": text.ids,
+                "img_ids": ids[pad],
+                "joint_attention_kwargs": self.joint_attention_kwargs,
+            }
+
+        def half(told: dict[str, Any], name: str) -> torch.Tensor:
             with self.transformer.cache_context(name):
-                return self.transformer(
-                    hidden_states=latents,
-                    timestep=timestep / 1000,
-                    guidance=guidance,
-                    pooled_projections=text.pooled,
-                    encoder_hidden_states=text.embeds,
-                    txt_ids=text.ids,
-                    img_ids=ids[pad],
-                    joint_attention_kwargs=self.joint_attention_kwargs,
-                    return_dict=False,
-                )[0]
+                return self.transformer(guidance=guidance, return_dict=False, **told)[0]
 
         def velocity(latents: torch.Tensor, t: torch.Tensor, pad: int, step: int) -> torch.Tensor:
             positive = Condition(run.told["prompt_embeds"], prompts.positive.pooled, prompts.positive.ids)
-            cond = half(latents, t, pad, positive, "cond")
+            told = call(latents, t, pad, positive)
+            # once for both halves of true guidance, as diffusers' pipeline has it
+            added = {} if control is None else control.residuals(step, pad, scale, told)
+            cond = half({**told, **added}, "cond")
             if prompts.negative is None or not run.uses_guidance(index):
                 return cond
-            uncond = half(latents, t, pad, prompts.negative, "uncond")
+            uncond = half({**call(latents, t, pad, prompts.negative), **added}, "uncond")
             return uncond + prompts.true_cfg_scale * (cond - uncond)
 
         return velocity
@@ -344,8 +396,10 @@ class FluxHighresPipeline(FlowStages, FluxPipeline):
 
     def _guidance(self, prompts: Prompts, stage: Stage, run: Run) -> torch.Tensor | None:
         """Scale of the distilled guidance [B], for models that take it."""
-        if not self.transformer.config.guidance_embeds:
-            return None
+        return self._scale(prompts, stage, run) if self.transformer.config.guidance_embeds else None
+
+    def _scale(self, prompts: Prompts, stage: Stage, run: Run) -> torch.Tensor:
+        """The scale of the distilled guidance in a stage, [B]."""
         scale = prompts.guidance_scale * stage.guidance_factor
         return torch.full([1], scale, device=run.device, dtype=torch.float32).expand(run.batch)
 

@@ -57,6 +57,9 @@ class FluxWay:
     def check_guidance(self, guided: Sequence[bool]) -> None:
         """ConfigError for true guidance in larger stages (one entry each) that this way cannot run."""
 
+    def check_control(self) -> None:
+        """ConfigError where this way cannot run with ControlNets."""
+
     def attention(self, wanted: Attention, grid: Size, anchors: Anchored | None) -> Method | None:
         """The method of a larger stage of `grid` tokens, None for dense."""
         raise NotImplementedError
@@ -199,6 +202,12 @@ class ScaleDiTStages(FluxWay):
                 "highres='scale_dit' has anchors of one prompt, so true guidance acts in the native stage alone; leave "
                 "larger stages out of guidance_stages, or the negative prompt."
             )
+
+    def check_control(self) -> None:
+        raise ConfigError(
+            "highres='scale_dit' has anchors that a ControlNet's layers do not record; use highres='cascade' or "
+            "'clear' with control_image."
+        )
 
     def attention(self, wanted: Attention, grid: Size, anchors: Anchored | None) -> Method | None:
         if wanted == "dense":

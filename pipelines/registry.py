@@ -1,10 +1,14 @@
 """Which pipelines have stages here, and what to say of the others."""
 
+import logging
 import re
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from gensparse.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
 
 BY_DENOISER = {
     "FluxTransformer2DModel": "FluxHighresPipeline",
@@ -59,6 +63,13 @@ def check_source(pipeline: Any, cls: type) -> None:
         raise ConfigError(
             f"{cls.__name__} cannot take the parts of {type(pipeline).__name__}; use {name}.from_pipe(pipe)."
         )
+    say_left_out(pipeline, cls)
+
+
+def say_left_out(pipeline: Any, cls: type) -> None:
+    """Log what `cls.from_pipe(pipeline)` does not take over."""
+    if getattr(pipeline, "controlnet", None) is not None and "controlnet" not in signature(cls.__init__).parameters:
+        _LOG.warning("The ControlNet of %s is left out: %s has none.", type(pipeline).__name__, cls.__name__)
 
 
 def _denoiser(pipeline: Any) -> Any:

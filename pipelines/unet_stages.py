@@ -24,6 +24,7 @@ from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size
 from gensparse.methods import Auto, Method
 from gensparse.pipelines.cascade import Lead, Stages, as_picture, last_finished, stages_from
+from gensparse.pipelines.registry import say_left_out
 from gensparse.pipelines.unet_ways import as_way, dilated_share
 from gensparse.pipelines.way import Attention, Moment, Native, Prompts, Texts, Way
 
@@ -140,6 +141,7 @@ class UNetStages(Stages):
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
+        say_left_out(pipeline, cls)
         # diffusers would drop an AutoencoderTiny and cast the shared weights to float32
         kwargs.setdefault("vae", pipeline.vae)
         if "torch_dtype" not in kwargs:

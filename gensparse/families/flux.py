@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def read_layouts(_model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Layouts:
-    """Every block sees the same sequence."""
-    return {"joint": read_layout(bound, memo)}
+def read_layouts(model: Any, bound: Mapping[str, Any], memo: TensorMemo) -> Layouts:
+    """Every block sees the same sequence; that of a union ControlNet begins with a token for its mode."""
+    mode = 1 if getattr(model, "union", False) else 0
+    return {"joint": read_layout(bound, memo, leading=mode)}
 
 
-def read_layout(bound: Mapping[str, Any], memo: TensorMemo | None = None, family: str = "FLUX") -> Layout:
+def read_layout(
+    bound: Mapping[str, Any], memo: TensorMemo | None = None, family: str = "FLUX", *, leading: int = 0
+) -> Layout:
     """Layout from `hidden_states` [B, N, C], `encoder_hidden_states` [B, T, C] and `img_ids` [N, 3].
 
     Column 0 of the ids tells the pictures apart (Kontext: 0 target, 1 reference), columns 1 and 2 are row and column.
+    `leading` tokens of the model's own stand before the text.
 
     Raises:
         LayoutMismatchError: ids are missing, of another length than the picture, or not a grid.
@@ -37,7 +41,7 @@ def read_layout(bound: Mapping[str, Any], memo: TensorMemo | None = None, family
             f"{family} got {picture.shape[1]} picture tokens, but img_ids describe {tokens}; pass one row of ids per "
             "token."
         )
-    return Layout.joint(grids[0], text=text.shape[1], text_first=True, references=grids[1:])
+    return Layout.joint(grids[0], text=leading + text.shape[1], text_first=True, references=grids[1:])
 
 
 layout_for = packed_layout_for("FLUX")
