@@ -17,7 +17,7 @@ class Batch:
     """Pictures of one kind that share their position ids.
 
     Args:
-        latents: [B, N, 32]; ids: [N, 3]; labels: see `meaning.describe`.
+        latents: [B, N, 32]; ids: [N, 3], on the CPU; labels: see `meaning.describe`.
         words: token ids [B, length] of a caption of each picture, per tokenizer.
     """
 
@@ -41,8 +41,9 @@ class Pictures:
         for path in sorted(self.folder.glob(f"{self.kind}-[0-9][0-9][0-9].npz")):
             if path.name not in self.seen:
                 with np.load(path) as data:
-                    names = ("latents", "ids", *LABELS, *TOKENIZERS)
-                    self.shards.append({name: torch.from_numpy(data[name]).to(self.device) for name in names})
+                    names = ("latents", *LABELS, *TOKENIZERS)
+                    shard = {name: torch.from_numpy(data[name]).to(self.device) for name in names}
+                    self.shards.append(shard | {"ids": torch.from_numpy(data["ids"])})
                 self.seen.add(path.name)
         return len(self.shards)
 
@@ -53,7 +54,8 @@ class Pictures:
         size = len(shard["latents"]) // len(shard["ids"])
         picks = group * size + self.rng.choice(size, min(count, size), replace=False)
         sayings = self.rng.integers(shard[TOKENIZERS[0]].shape[1], size=len(picks))
-        rows, said = (torch.from_numpy(part).to(self.device) for part in (picks, sayings))
+        # a GPU must not be waited for here
+        rows, said = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (picks, sayings))
         places = shard["ids"][group]
         return Batch(
             self.kind,

@@ -102,9 +102,9 @@ def losses(batch: Batch, compute: torch.nn.Module) -> tuple[torch.Tensor, torch.
     noise = torch.randn_like(latents)
     level = sigma[:, None, None]
     with torch.autocast(latents.device.type, torch.bfloat16):
-        velocity, read = compute(
-            (1 - level) * latents + level * noise, sigma, batch.ids, batch.words["clip"], batch.words["t5"]
-        )
+        ids = batch.ids.to(latents.device, non_blocking=True)
+        words = (batch.words["clip"], batch.words["t5"])
+        velocity, read = compute((1 - level) * latents + level * noise, sigma, ids, *words)
     error = (velocity.float() - (noise - latents)).square().mean(-1)
     meaning = meaning_loss(read, batch.labels)
     total = (error * error_weights(batch.labels["shape"])).mean() + MEANING_WEIGHT * meaning

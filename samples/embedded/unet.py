@@ -162,10 +162,10 @@ class Noise:
 
 def outcome(run: Run, batch: Batch, noise_levels: Noise, compute) -> Outcome:
     """One batch: its kind, the loss, and (error of the noise, error of the meaning)."""
-    device, ids = batch.latents.device, batch.ids.cpu()
-    rows = len(ids[:, 1].unique())
+    device, rows = batch.latents.device, len(batch.ids[:, 1].unique())
     clean = unpack(batch.latents, rows)
-    sizes, hidden = (part.to(device) for part in say_sizes(batch.kind, ids, len(clean), run.rng))
+    said = say_sizes(batch.kind, batch.ids, len(clean), run.rng)
+    sizes, hidden = (part.to(device, non_blocking=True) for part in said)
     timesteps, sigma = noise_levels.draw(batch.kind, hidden)
     noise, level = torch.randn_like(clean), sigma[:, None, None, None]
     z = (clean + level * noise) / (1 + level**2).sqrt()
