@@ -55,6 +55,7 @@ OWNED: dict[str, tuple[str, ...]] = {
     "storydiffusion": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
     "ir-diffusion": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
     "shared-attention": ("test_golden_references.py", "subjects/test_golden_subjects.py"),
+    "primecomposer": ("subjects/test_golden_primecomposer.py",),
     "regional-prompting": (
         "test_golden_references.py",
         "processors/test_golden_cross.py",
@@ -227,6 +228,13 @@ SCHEMAS: dict[str, dict[str, Schema]] = {
         "groupnorm": _schema("x groups weight bias eps out"),
         "masactrl": _schema("q k v out", "mask_source mask_target"),
         "tokenflow": _schema(f"{LAYER} inject_source_qk"),
+    },
+    "primecomposer": {
+        "steer": _schema(
+            "grid heads object_mask64 fg_wh_px center_rowcol ref_index target_index w_q w_k w_v w_o b_o cd_hidden "
+            "cd_prior_logits cd_out gen_hidden gen_out_plain gen_out_steered rca_w_q rca_w_k rca_w_v rca_w_o rca_b_o "
+            "rca_hidden rca_context rca_tokens rca_out"
+        ),
     },
     "regional-prompting": {
         "flux_mask": _schema("image_size token_grid text_len regions_xyxy region_masks expected_mask"),

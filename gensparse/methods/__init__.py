@@ -28,6 +28,7 @@ from gensparse.methods.masactrl import MasaCtrl
 from gensparse.methods.mip_adapter import MipAdapter
 from gensparse.methods.msw_msa import MswMsa
 from gensparse.methods.neighborhood import Neighborhood
+from gensparse.methods.primecomposer import PrimeComposer
 from gensparse.methods.proxy import Proxy
 from gensparse.methods.psa import PSA
 from gensparse.methods.radial import Radial
@@ -67,6 +68,7 @@ METHODS: dict[str, type[Method]] = {
     "mip_adapter": MipAdapter,
     "msw_msa": MswMsa,
     "neighborhood": Neighborhood,
+    "primecomposer": PrimeComposer,
     "proxy": Proxy,
     "psa": PSA,
     "radial": Radial,
@@ -115,6 +117,7 @@ __all__ = [
     "MswMsa",
     "Neighborhood",
     "Place",
+    "PrimeComposer",
     "Proxy",
     "Radial",
     "Recording",

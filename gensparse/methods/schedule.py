@@ -155,6 +155,8 @@ def _method(what: Any) -> Method | str:
     method = as_method(what)
     if method.records:
         raise ConfigError(f"schedule phases hold {method.name}, which looks at a recorded call; use it on its own.")
+    if method.name == "primecomposer":
+        raise ConfigError(f"schedule phases hold {method.name}, which has phases of its own; use it on its own.")
     return method
 
 

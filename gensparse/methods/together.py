@@ -56,7 +56,7 @@ class Together(JsonSettings, Method):
             raise ConfigError(f"together methods={short(given)} is not allowed; pass a list of methods.")
         methods = tuple(as_method(item) for item in given)
         for method in methods:
-            if method.records or method.name in ("together", "schedule", "auto"):
+            if method.records or method.name in ("together", "schedule", "auto", "primecomposer"):
                 raise ConfigError(f"together holds {method.name}, which cannot act beside others; use it on its own.")
         object.__setattr__(self, "methods", methods)
 

@@ -8,7 +8,7 @@ is the processor's own call. So weights, scales, masks and projections stay thos
 Everything a stage holds belongs to one call of the denoiser; nothing is kept on a processor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.processors.site import SPARSE, Site
+from gensparse.processors.confined import Confined
+from gensparse.processors.site import SPARSE, Site, SiteCall
 from gensparse.subjects.merge import gate, relevance, shares
 from gensparse.subjects.phrases import aligned, averaged_values, replaced
 
@@ -259,6 +260,7 @@ class Stages:
         grid: (rows, columns) of the queries.
         words, phrases: change the text.
         couple: one text per region.
+        confined: words that a part of the picture reads alone, in the conditional half.
         images: what becomes of image prompts.
         book: keeps attention maps.
     """
@@ -268,13 +270,14 @@ class Stages:
     words: Words | None = None
     phrases: Phrases | None = None
     couple: Couple | None = None
+    confined: Confined | None = None
     images: Images | None = None
     book: MapBook | None = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing is enabled, so that calls are the processor's own."""
-        return not any((self.words, self.phrases, self.couple, self.images, self.book))
+        return not any((self.words, self.phrases, self.couple, self.confined, self.images, self.book))
 
     def joined(self, other: "Stages") -> "Stages":
         """Both together.
@@ -294,7 +297,8 @@ class Stages:
         """Whether attention to the text is another one in a half."""
         both = self.words is not None and (conditional or self.words.both)
         regional = self.couple is not None and (conditional or self.couple.negatives is not None)
-        return both or regional or (conditional and self.phrases is not None)
+        own = self.phrases is not None or self.confined is not None
+        return both or regional or (conditional and own)
 
 
 # ----------------------------------------------------------------------------------------------------------------- site
@@ -351,40 +355,19 @@ class CrossSite(Site):
         context = context[0] if isinstance(context, tuple) else context
         return Visit(attn, context, kwargs.get("ip_adapter_masks") is not None)
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dense: Callable[..., Tensor],
-        refused: str | None = None,
-        hidden: Tensor | None = None,
-        divided: bool = False,
-        visit: Visit | None = None,
-    ) -> Tensor:
+    def attend(self, call: SiteCall) -> Tensor:
         """Attention of q [B, N, H, D] to the text, or to image prompts, in the stages of the current action."""
         action = None if self.slot is None else self.slot.get()
         stages = None if action is None else action.stages
-        if visit is None or stages is None or self.pinned is not None or refused is not None:
+        if call.visit is None or stages is None or self.pinned is not None or call.refused is not None:
             reason = action.reason if action is not None else "called outside the model's forward"
-            self.outcome = self.pinned or refused or reason
-            return dense()
-        return self._staged(q, k, v, mask, scale, dense, visit, stages)
+            self.outcome = self.pinned or call.refused or reason
+            return call.dense()
+        return self._staged(call, call.visit, stages)
 
     @torch.compiler.disable  # what a call does depends on tensors that are not in the graph
-    def _staged(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dense: Callable[..., Tensor],
-        visit: Visit,
-        stages: Stages,
-    ) -> Tensor:
+    def _staged(self, site_call: SiteCall, visit: Visit, stages: Stages) -> Tensor:
+        q, k, v, mask, scale, dense = site_call[:6]
         visit.calls += 1
         call = Call(stages.guided, scale, self.notes)
         if visit.images:
@@ -471,6 +454,8 @@ class _Half:
             assert hidden is not None
             mask, hidden = _hiding(mask, hidden, q), None
         if phrases is None:
+            if self.conditional and self.stages.confined is not None:
+                return self.stages.confined.attend(q, self.k, self.v, mask, self.call.scale)
             if hidden is None:
                 return _plain(q, self.k, self.v, mask, self.call.scale)
             return self.attended(q, [(self.context, self.context)], hidden, mask)

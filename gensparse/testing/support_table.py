@@ -44,6 +44,7 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "auto": {"picture": "auto:dense_below=0", "video": "auto:dense_below=0"},
     "agentsd": {"sdxl": "agentsd:preset=sdxl"},
     "masactrl": {"picture": "masactrl:start=0"},
+    "primecomposer": {"picture": "primecomposer:queries=object"},
 }
 """Methods whose defaults are for other sizes or models only -> (kind or model -> what was measured in their place)."""
 
@@ -53,6 +54,11 @@ SUBJECTS: Mapping[str, Subjects] = {
         Concept("it", mask=box_mask((0, 0, 0.5, 1), (4, 6)), region=box_mask((0.4, 0, 1, 1), (4, 6)))
     ),
     "magicface": Subjects(Concept("it", mask=box_mask((0, 0, 0.5, 1), (4, 6)), tokens=(1,))),
+    "primecomposer": Subjects(
+        Concept(
+            "it", mask=box_mask((0.2, 0.2, 0.8, 0.8), (8, 12)), region=box_mask((0, 0, 0.8, 1), (8, 12)), tokens=(1,)
+        )
+    ),
 }
 """Methods that have to know who is in the pictures -> what they are told; the first picture is the reference."""
 
