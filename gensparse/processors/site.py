@@ -139,6 +139,52 @@ class _OwnAction(threading.local):
         self.action: Action | None = None
 
 
+class SiteCall(NamedTuple):
+    """One attention call inside a processor.
+
+    Args:
+        q, k, v: [B, S, H, D].
+        mask: as scaled_dot_product_attention takes it; over keys it joins the sparse call.
+        scale: factor of the logits; None is 1/sqrt(D).
+        dense: the model's own attention, [B, S, H, D]; with an argument, under that mask instead of the call's.
+        refused: why the arguments rule out a sparse call.
+        hidden: input of the attention module.
+        divided: whether the tokens are one process's part of them.
+        visit: what `Site.visit` noted of the processor's call.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    dense: Callable[..., Tensor]
+    refused: str | None = None
+    hidden: Tensor | None = None
+    divided: bool = False
+    visit: Any = None
+
+
+class _Part(NamedTuple):
+    """What is computed sparsely: a call, one sample of it, or some heads of all processes' tokens.
+
+    Args:
+        q, k, v: [B, S, H, D].
+        bias: [B|1, H|1, S] added to the logits, or None.
+        scale: factor of the logits; None is 1/sqrt(D).
+        dense: the model's own attention of the same part.
+        hidden: input of the attention module, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    scale: float | None
+    dense: Callable[[], Tensor]
+    hidden: Tensor | None
+
+
 class Site:
     """State of one attention module.
 
@@ -174,149 +220,101 @@ class Site:
         """What a site needs to know of a call of its processor besides q, k and v; None for nothing."""
         return None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dense: Callable[..., Tensor],
-        refused: str | None = None,
-        hidden: Tensor | None = None,
-        divided: bool = False,
-        visit: Any = None,
-    ) -> Tensor:
-        """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current action, else `dense()`.
+    def attend(self, call: SiteCall) -> Tensor:
+        """Attention of q, k, v [B, S, H, D] -> [B, S, H, D]: sparse by the current action, else `call.dense()`.
 
         Calls whose keys are others than the queries (cross attention, image prompts) are not this site's business, but
         for the extra keys of its action.
-
-        Args:
-            dense: the model's own attention; with an argument, under that mask instead of the call's.
-            mask: as scaled_dot_product_attention takes it; over keys it joins the sparse call.
-            refused: why the arguments rule out a sparse call.
-            hidden: input of the attention module.
-            divided: whether the tokens are one process's part of them.
 
         Raises:
             LayoutMismatchError: the method is strict and the call does not fit its layout.
         """
         action = None if self.slot is None else self.slot.get()
-        pairs = _pairs_of(action, q, k)
+        pairs = _pairs_of(action, call.q, call.k)
         if pairs is not None:
-            dense = partial(_under, dense, pairs)
-        if self.slot is None or not _is_own(action, q, k):
-            prompted = None if action is None else self._prompted(q, k, v, mask, action, scale)
-            return dense() if prompted is None else prompted
+            call = call._replace(dense=partial(_under, call.dense, pairs))
+        if self.slot is None or not _is_own(action, call.q, call.k):
+            prompted = None if action is None else self._prompted(call, action)
+            return call.dense() if prompted is None else prompted
         if action is None or not action.works or (self.pinned is not None and action.record is None):
             self.outcome = self.pinned or (action.reason if action else "called outside the model's forward")
-            return dense()
-        mask = None if action.masked else mask
-        if divided:
-            return self._shared(q, k, v, mask, action, refused, scale, dense)
-        works = _works_of(action, q)
-        misfit = refused or _misfit(action, works, q, k) or _unmaskable(action, works or (), mask, pairs)
+            return call.dense()
+        if action.masked:
+            call = call._replace(mask=None)
+        if call.divided:
+            return self._shared(call, action)
+        works = _works_of(action, call.q)
+        misfit = call.refused or _misfit(action, works, call.q, call.k)
+        misfit = misfit or _unmaskable(action, works or (), call.mask, pairs)
         if works is None or misfit is not None:
             self._refuse(action, misfit or "")
-            return dense()
+            return call.dense()
         self.outcome = SPARSE
         if action.record is not None:
-            action.record.keep(self.name, k, v)
-        bias = pairs.bias() if pairs is not None else None if mask is None else key_bias(mask)
-        out = self._sparse(q, k, v, action, works, bias, scale, dense, hidden)
+            action.record.keep(self.name, call.k, call.v)
+        bias = pairs.bias() if pairs is not None else _bias_of(call.mask)
+        scale = _scaled(call.scale, call.q.shape[-1], action.gain)
+        part = _Part(call.q, call.k, call.v, bias, scale, call.dense, call.hidden)
+        out = self._sparse(part, action, works)
         if action.audit:
-            self._audit(out, q, k, v, action, works, bias, scale)
+            self._audit(out, part, action, works, call.scale)
         return out
 
-    def _prompted(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, action: Action, scale: float | None
-    ) -> Tensor | None:
+    def _prompted(self, call: SiteCall, action: Action) -> Tensor | None:
         """Attention of the picture over itself and an image prompt behind it; None for any other call."""
+        q, k, v = call.q, call.k, call.v
         work, tokens = action.alone, q.shape[1]
-        if work is None or self.pinned is not None or mask is not None or not work.tokens == tokens < k.shape[1]:
+        if work is None or self.pinned is not None or call.mask is not None or not work.tokens == tokens < k.shape[1]:
             return None
         assert isinstance(work.plan, Plan), "made of a pattern"
-        scale = _scaled(scale, q.shape[-1], action.gain)
+        scale = _scaled(call.scale, q.shape[-1], action.gain)
         own, own_lse = sparse_attention(
             q, k[:, :tokens], v[:, :tokens], work.plan, scale=scale, groups=work.groups, return_lse=True
         )
         prompt, prompt_lse = _over_few(q, k[:, tokens:], v[:, tokens:], scale)
         return merge_lse(torch.stack([own, prompt]), torch.stack([own_lse, prompt_lse]))[0]
 
-    def _shared(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        action: Action,
-        refused: str | None,
-        scale: float | None,
-        dense: Callable[..., Tensor],
-    ) -> Tensor:
+    def _shared(self, call: SiteCall, action: Action) -> Tensor:
         """A call whose tokens are divided: each process attends with its heads over all of them."""
         team, work = action.team, action.works[0]
         if team is None:
             self._refuse(action, "the tokens of the call are divided among processes, those of the model are not")
-            return dense()
-        refused = refused or _indivisible(work, team, q, k, mask)
+            return call.dense()
+        refused = call.refused or _indivisible(work, team, call.q, call.k, call.mask)
         if refused is not None:
             self._refuse(action, refused)
-            return dense()
+            return call.dense()
         self.outcome = SPARSE
-        total, heads = q.shape[2], team.share(q.shape[2])
-        bias = None if mask is None else key_bias(mask)
+        total, heads = call.q.shape[2], team.share(call.q.shape[2])
+        bias = _bias_of(call.mask)
         bias = None if bias is None else ulysses.gather_keys(bias, team, work.parts)
-        q, k, v = (ulysses.gather(x, team, work.parts) for x in (q, k, v))
-        scale = _scaled(scale, q.shape[-1], action.gain)
-        out = self._attend(q, k, v, work, action, bias, scale, dense, None, heads)
-        return ulysses.scatter(out, team, work.parts, total)
+        q, k, v = (ulysses.gather(x, team, work.parts) for x in (call.q, call.k, call.v))
+        part = _Part(q, k, v, bias, _scaled(call.scale, q.shape[-1], action.gain), call.dense, None)
+        return ulysses.scatter(self._attend(part, work, action, heads), team, work.parts, total)
 
-    def _sparse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        action: Action,
-        works: tuple[Work, ...],
-        bias: Tensor | None,
-        scale: float | None,
-        dense: Callable[[], Tensor],
-        hidden: Tensor | None,
-    ) -> Tensor:
-        scale = _scaled(scale, q.shape[-1], action.gain)
+    def _sparse(self, part: _Part, action: Action, works: tuple[Work, ...]) -> Tensor:
         if len(works) == 1:
-            return self._attend(q, k, v, works[0], action, bias, scale, dense, hidden, action.heads)
-        out = torch.zeros_like(q)  # what lies behind the tokens of a sample is padding
+            return self._attend(part, works[0], action, action.heads)
+        out = torch.zeros_like(part.q)  # what lies behind the tokens of a sample is padding
         for index, work in enumerate(works):
-            part = (slice(index, index + 1), slice(work.tokens))
-            own = None if bias is None else bias[index if bias.shape[0] > 1 else 0][None, :, : work.tokens]
+            where = (slice(index, index + 1), slice(work.tokens))
+            q, k, v = (x[where] for x in (part.q, part.k, part.v))
+            bias = part.bias
+            bias = None if bias is None else bias[index if bias.shape[0] > 1 else 0][None, :, : work.tokens]
 
-            def own_dense(part: tuple[slice, slice] = part) -> Tensor:
-                return dense()[part]
+            def dense(where: tuple[slice, slice] = where) -> Tensor:
+                return part.dense()[where]
 
-            own_hidden = None if hidden is None else hidden[part]
-            tensors = (q[part], k[part], v[part])
-            out[part] = self._attend(*tensors, work, action, own, scale, own_dense, own_hidden, action.heads)
+            hidden = None if part.hidden is None else part.hidden[where]
+            sample = _Part(q, k, v, bias, part.scale, dense, hidden)
+            out[where] = self._attend(sample, work, action, action.heads)
         return out
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        work: Work,
-        action: Action,
-        bias: Tensor | None,
-        scale: float | None,
-        dense: Callable[[], Tensor],
-        hidden: Tensor | None,
-        heads: slice | None,
-    ) -> Tensor:
+    def _attend(self, part: _Part, work: Work, action: Action, heads: slice | None) -> Tensor:
         plan = work.plan
         if not isinstance(plan, Plan):
-            return self._eager(q, k, v, work, action, bias, scale, dense, hidden, heads)
+            return self._eager(part, work, action, heads)
+        q, k, v, bias, scale = part[:5]
         self.backend = choose(plan, q)
         given = self._given(plan)
         sources = given if heads is None else _of_heads(given, heads)
@@ -341,29 +339,19 @@ class Site:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _audit(
-        self,
-        out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        action: Action,
-        works: tuple[Work, ...],
-        bias: Tensor | None,
-        scale: float | None,
-    ) -> None:
-        """Compare a few outputs of picture tokens with those of the model's own, dense attention."""
+    def _audit(self, out: Tensor, part: _Part, action: Action, works: tuple[Work, ...], scale: float | None) -> None:
+        """Compare a few outputs of picture tokens with the model's own, dense attention at its own `scale`."""
         if action.extra is not None or action.pairs is not None:
             return  # their keys and masks are not those of the call
         for index, work in enumerate(works):
             sample = slice(None) if len(works) == 1 else slice(index, index + 1)
             target = work.layout.segments[work.layout.target]
             first = work.layout.starts[work.layout.target]
-            rows = sample_rows(first, target.length, action.audit, action.step, q.device)
-            keys, values = k[sample, : work.tokens], v[sample, : work.tokens]
-            own = bias if bias is None or bias.shape[0] == 1 else bias[sample]
+            rows = sample_rows(first, target.length, action.audit, action.step, out.device)
+            keys, values = part.k[sample, : work.tokens], part.v[sample, : work.tokens]
+            own = part.bias if part.bias is None or part.bias.shape[0] == 1 else part.bias[sample]
             own = None if own is None else own[..., : work.tokens]
-            dense = outputs_of(weights_of(q[sample], keys, rows, scale, own), values)
+            dense = outputs_of(weights_of(part.q[sample], keys, rows, scale, own), values)
             lost = out[sample, rows].float().transpose(1, 2) - dense
             sums = torch.stack([lost.square().sum(), dense.square().sum()])
             self.audited = sums if self.audited is None else self.audited + sums
@@ -375,23 +363,12 @@ class Site:
         return sum(known) / len(known) if known else None
 
     @torch.compiler.disable  # the numbers of layer and step would cost one compilation each
-    def _eager(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        work: Work,
-        action: Action,
-        bias: Tensor | None,
-        scale: float | None,
-        dense: Callable[[], Tensor],
-        hidden: Tensor | None,
-        heads: slice | None,
-    ) -> Tensor:
+    def _eager(self, part: _Part, work: Work, action: Action, heads: slice | None) -> Tensor:
         """Operators, and plans whose keys are chosen at run time."""
+        q, k, v, bias, scale = part[:5]
         if work.operator is not None:
             self.backend = work.operator.key()
-            call = OperatorCall(work.layout, hidden, scale, bias, self.layer, action.step, dense, self.notes)
+            call = OperatorCall(work.layout, part.hidden, scale, bias, self.layer, action.step, part.dense, self.notes)
             return work.operator.attend(q, k, v, call)
         assert work.plan is not None, "a work has a plan or an operator"
         self.backend = "routed"
@@ -402,6 +379,10 @@ class Site:
         if action.strict:
             raise LayoutMismatchError(f"{self.name}: {reason}; pass strict=False to run such calls dense.")
         self.outcome = reason
+
+
+def _bias_of(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else key_bias(mask)
 
 
 def _over_few(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gensparse.errors import ConfigError, LayoutMismatchError
 from gensparse.families import Family, TensorMemo, attention_modules, bound_call, family_of
 from gensparse.layout import Layout
-from gensparse.processors.site import Site
+from gensparse.processors.site import Site, SiteCall
 from gensparse.processors.variant import SITE, is_sparse, make_dense, make_sparse
 
 
@@ -114,21 +114,9 @@ class _TextSite(Site):
         self._role, self._grids, self._answer = role, grids, attend
 
     @torch.compiler.disable
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dense: Callable[..., Tensor],
-        refused: str | None = None,
-        hidden: Tensor | None = None,
-        divided: bool = False,
-        visit: Any = None,
-    ) -> Tensor:
+    def attend(self, call: SiteCall) -> Tensor:
         grid = self._grids.get(self._role)
-        if refused is not None or divided or grid is None or q.shape[1] != grid[0] * grid[1]:
-            return dense()
-        out = self._answer(TextCall(self.name, grid, q, k, v, mask, scale))
-        return dense() if out is None else out
+        if call.refused is not None or call.divided or grid is None or call.q.shape[1] != grid[0] * grid[1]:
+            return call.dense()
+        out = self._answer(TextCall(self.name, grid, call.q, call.k, call.v, call.mask, call.scale))
+        return call.dense() if out is None else out

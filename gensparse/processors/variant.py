@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gensparse.errors import UnsupportedProcessorError
 from gensparse.processors import _compat
 from gensparse.processors.native import native_call
-from gensparse.processors.site import Site
+from gensparse.processors.site import Site, SiteCall
 
 SITE = "_gensparse_site"
 """Name of the attribute that holds an attention module's `Site`."""
@@ -150,8 +150,8 @@ def _dispatch_to_site(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return dense()
         mask = _compat.widened_mask(attn_mask, query.shape[0], key.shape[1])
         refused, divided = _compat.refusal(dropout_p, is_causal), _compat.divided(options)
-        running = _RUNNING.hidden, divided, _RUNNING.visit
-        return _running_site().attend(query, key, value, mask, scale, dense, refused, *running)
+        call = SiteCall(query, key, value, mask, scale, dense, refused, _RUNNING.hidden, divided, _RUNNING.visit)
+        return _running_site().attend(call)
 
     return attend
 
@@ -179,8 +179,8 @@ def _sdpa_to_site(
         return dense().transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     refused = _compat.refusal(dropout_p, is_causal)
-    running = _RUNNING.hidden, False, _RUNNING.visit
-    return _running_site().attend(q, k, v, attn_mask, scale, dense, refused, *running).transpose(1, 2)
+    call = SiteCall(q, k, v, attn_mask, scale, dense, refused, _RUNNING.hidden, False, _RUNNING.visit)
+    return _running_site().attend(call).transpose(1, 2)
 
 
 def _running_site() -> Site:
