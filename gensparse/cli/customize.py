@@ -13,13 +13,16 @@ def customize(
     flags: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="What to show; - reads stdin.", show_default=False)] = None,
     prompt_option: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="The prompt as a flag", rich_help_panel=REQUEST)
+        list[str] | None,
+        typer.Option(
+            "-p", "--prompt", help="The prompt as a flag; with consistory one for each picture", rich_help_panel=REQUEST
+        ),
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="Read the prompt from a file", rich_help_panel=REQUEST)
     ] = None,
 ) -> None:
-    """Make a picture with given subjects, each from a picture of it.
+    """Make a picture with given subjects, each from pictures of it or by words.
 
     Examples:
 
@@ -28,9 +31,11 @@ def customize(
       gensparse customize "a cat and a dog" -m sdxl --subject cat=cat.png --subject dog=dog.png
       --subject-method isolation --layout boxes.json
 
-      gensparse customize "a cat in the snow" -m flux.1-dev --subject cat=cat.png --size 2048
+      gensparse customize -m flux.1-dev --turns story.json -o story/
     """
     from gensparse.cli.requests import customize_request, read_prompt
     from gensparse.cli.run import run_requests
 
-    run_requests([customize_request(flags, read_prompt(prompt, prompt_option, prompt_file))], flags)
+    first, *more = prompt_option or [None]
+    request = customize_request(flags, read_prompt(prompt, first, prompt_file), more)
+    run_requests([request], flags)

@@ -44,6 +44,12 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "highres": _option(
         _Text, "--highres", panel=SPARSE, help="auto|NAME[:key=value,...]: how sizes grow, see `models show` (auto)"
     ),
+    "regions": _option(
+        Path | None,
+        "--regions",
+        panel=REQUEST,
+        help='JSON: [{"box": [x0, y0, x1, y1], "prompt": TEXT}] in 0..1, read by --highres c_upscale',
+    ),
     "dense_steps": _option(_Whole, "--dense-steps", panel=SPARSE, help="First steps of each stage kept dense (0)"),
     "dense_layers": _option(
         _Text, "--dense-layers", panel=SPARSE, help="Layers kept dense, for instance 0,1,-1", hidden=True
@@ -71,7 +77,13 @@ REQUEST_OPTIONS: dict[str, Any] = {
 
 SUBJECT_OPTIONS: dict[str, Any] = {
     "subject": _option(
-        list[str] | None, "--subject", panel=SUBJECTS, help="NAME=IMAGE[@MASK]; repeat for up to 5 subjects"
+        list[str] | None,
+        "--subject",
+        panel=SUBJECTS,
+        help="NAME=IMAGE[@MASK][,IMAGE[@MASK]...], or NAME alone; repeat for up to 5 subjects",
+    ),
+    "subject_prompt": _option(
+        list[str] | None, "--subject-prompt", panel=SUBJECTS, help="NAME=TEXT: what it looks like; repeat (its name)"
     ),
     "layout": _option(
         Path | None, "--layout", panel=SUBJECTS, help='JSON: [{"subject": NAME, "box": [x0, y0, x1, y1]}], in 0..1'
@@ -80,8 +92,8 @@ SUBJECT_OPTIONS: dict[str, Any] = {
         _Text,
         "--subject-method",
         panel=SUBJECTS,
-        help="freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned[:key=value,...] "
-        "(freecustom)",
+        help="freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned, or by words "
+        "regional|consistory, with [:key=value,...] (freecustom)",
     ),
 }
 

@@ -44,7 +44,8 @@ def plan(
     if image is not None:
         request = upscale_request(given, prompt, image)
     elif any(name in flags for name in SUBJECT_OPTIONS):
-        request = customize_request(given, prompt or "-")
+        named = [text.partition("=")[0].strip() for text in flags.get("subject", ())]  # methods look for them
+        request = customize_request(given, prompt or " and ".join(named) or "-")
     else:
         request = generate_request(given, prompt or "-")
     picture = image_io.read_image(image) if image is not None else None

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,19 @@ def upscale_request(flags: Mapping[str, Any], prompt: str | None, image: Path) -
     return _build(UpscaleRequest, flags, prompt, {"image": str(image)})
 
 
-def customize_request(flags: Mapping[str, Any], prompt: str | None) -> CustomizeRequest:
+def customize_request(
+    flags: Mapping[str, Any], prompt: str | None, more_prompts: Sequence[str] = ()
+) -> CustomizeRequest:
     """The request of `customize`, and of `plan` with subjects."""
     own = {k: v for k, v in flags.items() if k != "layout"}
-    places = {}
+    given: dict[str, Any] = {"more_prompts": [repair(text) for text in more_prompts]} if more_prompts else {}
     if "layout" in flags:
-        from gensparse.subjects.naming import read_layout
+        from gensparse.subjects.naming import layout_names, read_layout
 
-        places = {"layout": read_layout(flags["layout"])}
-    return _build(CustomizeRequest, own, prompt, places)
+        given["layout"] = read_layout(flags["layout"])
+        if "subject" not in flags and flags.get("subject_method", "").partition(":")[0] == "regional":
+            own["subject"] = layout_names(given["layout"])
+    return _build(CustomizeRequest, own, prompt, given)
 
 
 def _build(cls: type[Request], flags: Mapping[str, Any], prompt: str | None, own: dict[str, Any]) -> Any:
@@ -51,6 +55,8 @@ def _build(cls: type[Request], flags: Mapping[str, Any], prompt: str | None, own
         from gensparse.methods.describe import method_text
 
         values["attention"] = method_text(read_object(flags["config"]))
+    if "regions" in flags:
+        values["regions"] = _regions(flags["regions"])
     if isinstance(values.get("dense_layers"), str):
         values["dense_layers"] = _layers(values["dense_layers"])
     values["local_files_only"] = bool(values.get("local_files_only", False)) or STATE.offline
@@ -117,6 +123,16 @@ def _sides(flags: Mapping[str, Any]) -> str:
     if "width" not in flags or "height" not in flags:
         raise ConfigError("--width and --height belong together; give both, or --size")
     return f"{flags['width']}x{flags['height']}"
+
+
+def _regions(path: Path) -> list[Any]:
+    """The regions of a file as data."""
+    from gensparse.subjects.region_prompts import FORM, read_region_prompts
+
+    found = read_region_prompts(path)
+    if not found:
+        raise ConfigError(f"regions file {path.name!r} holds no region; give {FORM}")
+    return [(*region.box, region.prompt) for region in found]
 
 
 def _layers(text: str) -> list[int]:

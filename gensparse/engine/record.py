@@ -46,8 +46,9 @@ def build_metadata(
     }
     if source is not None:
         out["source_sha256"] = source.sha256
-    if subjects is not None:
-        out["subjects_sha256"] = {name: dict(files) for name, files in subjects.items()}
+    files = {name: facts for name, facts in (subjects or {}).items() if facts}
+    if files:
+        out["subjects_sha256"] = files
     if key is not None:
         out["key"] = key
     return out
@@ -78,13 +79,16 @@ def word_warnings(ref: ModelRef, request: Request) -> list[str]:
 def length_warnings(ref: ModelRef, pipe: Any, request: Request) -> list[str]:
     """How much of a long prompt the model does not read."""
     tokenizer = getattr(pipe, ref.info.row.tokenizer, None)
-    if tokenizer is None or not request.prompt:
-        return []
-    count = len(tokenizer(request.prompt, truncation=False, verbose=False)["input_ids"])
-    limit = ref.info.max_sequence_length
-    if count <= limit:
-        return []
-    return [f"the prompt has {count} tokens, the model reads {limit}: the last {count - limit} are ignored"]
+    limit, out = ref.info.max_sequence_length, []
+    texts = {"the prompt": request.prompt}
+    texts |= {f"the prompt of region {number}": region[-1] for number, region in enumerate(request.regions, 1)}
+    for name, text in texts.items():
+        if tokenizer is None or not text:
+            continue
+        count = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        if count > limit:
+            out.append(f"{name} has {count} tokens, the model reads {limit}: the last {count - limit} are ignored")
+    return out
 
 
 def reproduction_warnings(metadata: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,10 @@ def request_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("the request names a model by a path, which is not followed; name the model with -m")
     probe = {**kept, "image": "x"} if kept.get("kind") == UpscaleRequest.kind else kept
     if kept.get("kind") == CustomizeRequest.kind:
-        probe = {**kept, "subject": data.get("subject", ())}
+        subjects = data.get("subject", ())
+        if isinstance(subjects, list | tuple) and not any("=" in str(item) for item in subjects):
+            kept["subject"] = list(subjects)  # words name no files
+        probe = {**kept, "subject": subjects}
     checked = request_from_dict(probe).to_dict()
     return {k: checked[k] for k in kept if k not in ("kind", "version")}
 

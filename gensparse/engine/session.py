@@ -18,14 +18,14 @@ from gensparse.engine.plans import asked_way, can_halve, guidance_in_halves
 from gensparse.engine.record import build_metadata, length_warnings, word_warnings
 from gensparse.engine.resolve import estimate_for, open_model, resolve_request
 from gensparse.engine.stages import StageCache, stage_key
-from gensparse.engine.subjects import Cast, arguments_of, read_cast
+from gensparse.engine.subjects import Cast, arguments_of, read_cast, together_arguments
 from gensparse.engine.values import Event, Output, OutputOptions, Resolved, Result
 from gensparse.engine.watch import StepWatch, decode_guard, float32_vae
 from gensparse.errors import Cancelled, NumericsError, WontFitError
 from gensparse.estimate import CHUNK, Estimate
 from gensparse.image_io import Picture
 from gensparse.models import ModelRef, registered
-from gensparse.request import Request, UpscaleRequest
+from gensparse.request import CustomizeRequest, Request, UpscaleRequest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -139,10 +139,10 @@ class _Job:
         self._warn(*length_warnings(ref, self.session.pipe, request))
         status = "ok"
         try:
-            for index, seed in enumerate(self.resolved.seeds):
-                self.index = index
+            for seeds in self._draws():
+                self.index = len(self.done)
                 self._check_cancel()
-                self._one(seed)
+                self._draw(seeds)
         except Cancelled:
             if not self.done:
                 raise
@@ -156,21 +156,29 @@ class _Job:
         with self._timed("load"):
             self._within_memory(lambda: self.session.pipe, retry=self._less_resident)
 
-    def _one(self, seed: int) -> None:
+    def _draws(self) -> list[tuple[int, ...]]:
+        """Seeds by call of the pipeline: one each, or all at once where pictures see each other."""
+        seeds, request = self.resolved.seeds, self.resolved.request
+        together = isinstance(request, CustomizeRequest) and request.together
+        return [seeds] if together else [(seed,) for seed in seeds]
+
+    def _draw(self, seeds: tuple[int, ...]) -> None:
         self.emit(Event("start"))
-        request = self.resolved.picture(seed)
+        request = self.resolved.request if len(seeds) > 1 else self.resolved.picture(seeds[0])
         store = self._store(request)
         with self._timed("denoise_decode"):
-            image = self._pixels(request, seed, store)
+            images = self._pixels(request, seeds, store)
         with self._timed("write"):
             self.emit(Event("write"))
             self.reports = store.reports()
-            self.done.append(self._write(image, request, seed))
+            for image, seed in zip(images, seeds, strict=True):
+                self.index = len(self.done)
+                self.done.append(self._write(image, request, seed))
         store.finish()
 
-    def _pixels(self, request: Request, seed: int, store: StageCache) -> "Image.Image":
-        """The picture of one seed, with the retries that are allowed: less memory, then a float32 autoencoder."""
-        return self._within_memory(lambda: self._checked_pixels(request, seed, store), retry=self._give_ground)
+    def _pixels(self, request: Request, seeds: tuple[int, ...], store: StageCache) -> "list[Image.Image]":
+        """The pictures of a call, with the retries that are allowed: less memory, then a float32 autoencoder."""
+        return self._within_memory(lambda: self._checked_pixels(request, seeds, store), retry=self._give_ground)
 
     def _within_memory(self, work: Callable[[], Any], *, retry: Callable[[], bool]) -> Any:
         """The result of `work`, called again while it runs out of memory and `retry` finds something to change."""
@@ -184,24 +192,28 @@ class _Job:
                     raise self._wont_fit(error) from error
             self.session.tidy()  # here, where the error and what its frames held are gone
 
-    def _checked_pixels(self, request: Request, seed: int, store: StageCache) -> "Image.Image":
-        image, problem = self._call(request, seed, store)
-        if image is not None:
-            return image
+    def _checked_pixels(self, request: Request, seeds: tuple[int, ...], store: StageCache) -> "list[Image.Image]":
+        images, problem = self._call(request, seeds, store)
+        if images is not None:
+            return images
         with float32_vae(self.session.pipe) as changed:
             if changed:
                 self._warn(f"the autoencoder gave {problem} in {self.resolved.dtype}: decoded again in fp32")
-                image, problem = self._call(request, seed, store)
-        if image is not None:
-            return image
+                images, problem = self._call(request, seeds, store)
+        if images is not None:
+            return images
         raise NumericsError(f"decoding gave {problem} even in fp32; try --dtype fp32, other settings or another seed")
 
-    def _call(self, request: Request, seed: int, store: StageCache) -> tuple["Image.Image | None", str | None]:
-        """Run the pipeline once; return the picture, or what is wrong with it."""
+    def _call(
+        self, request: Request, seeds: tuple[int, ...], store: StageCache
+    ) -> tuple["list[Image.Image] | None", str | None]:
+        """Run the pipeline once; return the pictures, or what is wrong with one of them."""
         pipe = self.session.pipe
         pipe.set_progress_bar_config(disable=True)
-        arguments = call_arguments(self.resolved, request.replace(tile=self.tile), seed)
+        arguments = call_arguments(self.resolved, request.replace(tile=self.tile), seeds[0])
         arguments |= arguments_of(request, self.cast)
+        if len(seeds) > 1 and isinstance(request, CustomizeRequest):
+            arguments = together_arguments(request, arguments)
         if self.source is not None:
             arguments["image"] = padded_source(self.source.image, self.resolved)
         live, on_stage = self._is_live(pipe), partial(self._stage_done, store)
@@ -227,12 +239,13 @@ class _Job:
                 if guard.broken:  # a picture between two stages was broken, not the latents
                     return None, "NaN or infinity"
                 raise
-        image = out.images[0]
+        images = list(out.images)
         if any(getattr(out, "nsfw_content_detected", None) or ()):
             self._warn("the safety checker of the model blacked the picture out; try another prompt or seed")
-            return image, None
-        problem = "NaN or infinity" if guard.broken else image_io.picture_problem(image)
-        return (image, None) if problem is None else (None, problem)
+            return images, None
+        found = (image_io.picture_problem(image) for image in images)
+        problem = "NaN or infinity" if guard.broken else next((text for text in found if text is not None), None)
+        return (images, None) if problem is None else (None, problem)
 
     # -- helpers
     def _is_live(self, pipe: Any) -> bool:
@@ -357,6 +370,8 @@ class _Job:
             key=self.output.key,
             subjects=None if self.cast is None else self.cast.facts,
         )
+        if isinstance(request, CustomizeRequest) and request.together:
+            metadata["picture"] = self.index + 1  # which of those that the request makes
         return metadata if self.output.prompt_in_metadata else image_io.without_prompt(metadata)
 
     def _result(self, status: str) -> Result:
@@ -431,6 +446,8 @@ class Runner:
 
     def _session_for(self, ref: ModelRef, resolved: Resolved) -> Session:
         facts = resolved.loading
+        if self._session is not None and self._session.subjects:
+            facts["subjects"] = True  # without subjects it is the plain pipeline to the bit
         key = (ref.folder, ref.variant, *facts.values())
         if self._session is None or key != self._key:
             if self._session is not None:

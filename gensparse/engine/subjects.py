@@ -9,7 +9,7 @@ from gensparse.errors import ConfigError
 from gensparse.highres.ways import WAYS, Asked
 from gensparse.models import ModelInfo
 from gensparse.request import CustomizeRequest, Request
-from gensparse.subjects.naming import parse_subject
+from gensparse.subjects.naming import Shown, parse_prompts
 
 if TYPE_CHECKING:
     from gensparse.subjects.references import Reference
@@ -18,8 +18,17 @@ CLASSES = {
     "FluxHighresPipeline": "FluxCustomizePipeline",
     "SDXLHighresPipeline": "SDXLCustomizePipeline",
     "SD15HighresPipeline": "SD15CustomizePipeline",
+    "SD3HighresPipeline": "SD3CustomizePipeline",
+    "PixArtHighresPipeline": "PixArtCustomizePipeline",
 }
 """Pipeline of stages -> the same with subjects, both in `gensparse.pipelines`."""
+
+FAMILIES = {
+    "FluxHighresPipeline": "FLUX.1",
+    "SD3HighresPipeline": "Stable Diffusion 3",
+    "PixArtHighresPipeline": "PixArt",
+}
+"""Pipeline of stages -> family of its model, as `gensparse.families` names it; the others are UNets."""
 
 AT_ONCE = ("none", "direct")
 """Ways that have no stage beyond the first."""
@@ -30,11 +39,12 @@ class Cast:
     """The subjects of a request.
 
     Args:
-        facts: for the metadata: {name: {"picture": sha256, "mask": sha256}}.
+        facts: for the metadata: {name: {"picture": sha256, "mask": sha256 or "box": numbers}}, a list of these for
+            subjects with several pictures or none.
     """
 
     references: "tuple[Reference, ...]"
-    facts: dict[str, dict[str, str]]
+    facts: dict[str, Any]
 
 
 def read_cast(request: Request) -> Cast | None:
@@ -47,20 +57,41 @@ def read_cast(request: Request) -> Cast | None:
         return None
     from gensparse.subjects.references import Reference
 
-    boxes = {name: box for name, *box in request.layout}
-    references, facts = [], {}
-    for text in request.subject:
-        name, image, mask = parse_subject(text)
-        picture = image_io.read_image(image)
-        facts[name] = {"picture": picture.sha256}
-        pixels = picture.image
-        if picture.alpha is not None:
-            pixels = pixels.copy()
-            pixels.putalpha(picture.alpha)
-        if mask is not None:
-            facts[name]["mask"] = image_io.read_image(mask).sha256
-        references.append(Reference(name, pixels, None if mask is None else Path(mask), boxes.get(name)))
+    boxes = {name: tuple(box) for name, *box in request.layout}
+    prompts = parse_prompts(request.subject_prompt, list(request.shown))
+    references: list[Reference] = []
+    facts: dict[str, Any] = {}
+    for name, shown in request.shown.items():
+        read = [_read(one) for one in shown]
+        found = [own for _, _, own in read]
+        facts[name] = found[0] if len(found) == 1 else found
+        pictures, masks = [pixels for pixels, _, _ in read], [mask for _, mask, _ in read]
+        one = len(read) == 1
+        references.append(
+            Reference(
+                name,
+                None if not read else pictures[0] if one else pictures,
+                None if not read else masks[0] if one else masks,
+                boxes.get(name),
+                prompts.get(name),
+            )
+        )
     return Cast(tuple(references), facts)
+
+
+def _read(shown: Shown) -> tuple[Any, Any, dict[str, Any]]:
+    """Pixels of a picture, its mask as `Reference` takes it, and what the metadata say of both."""
+    picture = image_io.read_image(shown.image)
+    facts: dict[str, Any] = {"picture": picture.sha256}
+    pixels = picture.image
+    if picture.alpha is not None:
+        pixels = pixels.copy()
+        pixels.putalpha(picture.alpha)
+    if shown.box is not None:
+        return pixels, shown.box, {**facts, "box": list(shown.box)}
+    if shown.mask is None:
+        return pixels, None, facts
+    return pixels, Path(shown.mask), {**facts, "mask": image_io.read_image(shown.mask).sha256}
 
 
 def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
@@ -78,8 +109,8 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
     row = info.row
     if row.highres not in CLASSES:
         raise ConfigError(
-            f"customize works with FLUX.1, Stable Diffusion XL and Stable Diffusion 1.5, not with {row.title} "
-            f"({info.alias}); choose another -m"
+            "customize works with FLUX.1, Stable Diffusion 1.5, XL and 3, and PixArt, not with "
+            f"{row.title} ({info.alias}); choose another -m"
         )
     if WAYS[asked.name].method:
         raise ConfigError(
@@ -92,15 +123,43 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
         )
     from gensparse.pipelines.customize import check_subjects, subject_method
 
-    family = "FLUX.1" if row.highres == "FluxHighresPipeline" else "UNet"
-    names = [parse_subject(text)[0] for text in request.subject]
-    placed = [name for name, *_ in request.layout]
-    check_subjects(subject_method(request.subject_method), family, names, placed, request.prompt)
+    family = FAMILIES.get(row.highres, "UNet")
+    shown = request.shown
+    pictures = max(len(request.seed), request.num_images)
+    check_subjects(
+        subject_method(request.subject_method),
+        family,
+        [name for name, own in shown.items() for _ in own or (None,)],
+        [name for name, *_ in request.layout],
+        request.prompt,
+        pictured=[name for name, own in shown.items() if own],
+        prompts=request.prompts if request.more_prompts else (request.prompt,) * pictures,
+    )
+    empty = next((number for number, text in enumerate(request.prompts, 1) if not text.strip()), None)
+    if empty is not None and request.more_prompts:
+        raise ConfigError(f"prompt {empty} of {len(request.prompts)} is empty; say what it is to show")
 
 
 def pictures_beside(request: Request) -> int:
     """Pictures that every call of the native stage computes for each that is made, itself included."""
-    return 1 + len(request.subject) if isinstance(request, CustomizeRequest) else 1
+    if not isinstance(request, CustomizeRequest):
+        return 1
+    return drawn_at_once(request) + sum(len(shown) for shown in request.shown.values())
+
+
+def drawn_at_once(request: Request) -> int:
+    """Pictures that are made in one call of the pipeline."""
+    together = isinstance(request, CustomizeRequest) and request.together
+    return max(len(request.seed), request.num_images) if together else 1
+
+
+def native_runs(request: Request) -> int:
+    """How often the native stage runs."""
+    if not (isinstance(request, CustomizeRequest) and request.together):
+        return 1
+    from gensparse.pipelines.customize import subject_method
+
+    return 2 if getattr(subject_method(request.subject_method), "inject", 0) else 1
 
 
 def arguments_of(request: Request, cast: Cast | None) -> dict[str, Any]:
@@ -108,3 +167,18 @@ def arguments_of(request: Request, cast: Cast | None) -> dict[str, Any]:
     if cast is None or not isinstance(request, CustomizeRequest):
         return {}
     return {"subjects": list(cast.references), "subject_method": request.subject_method}
+
+
+def together_arguments(request: CustomizeRequest, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for all pictures of a set in one call, from those for the first."""
+    import torch
+
+    count = drawn_at_once(request)
+    out = {
+        **arguments,
+        "prompt": list(request.prompts) if request.more_prompts else [request.prompt] * count,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seed],
+    }
+    if isinstance(out.get("negative_prompt"), str):
+        out["negative_prompt"] = [out["negative_prompt"]] * count
+    return out

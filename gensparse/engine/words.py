@@ -100,10 +100,13 @@ def command_of(request: Request) -> str:
     """The command line that makes a request again."""
     upscales = isinstance(request, UpscaleRequest)
     words = ["gensparse", request.kind]
+    more = getattr(request, "more_prompts", ())
     for name, value in settings_of(request).items():
-        words += _flag(name, value)
+        words += [] if name == "more_prompts" else _flag(name, value)
     words += ["INPUT"] if upscales else []
-    if request.prompt:
+    if more:
+        words += [word for text in (request.prompt, *more) for word in ("-p", text)]
+    elif request.prompt:
         words += ["-p", request.prompt] if upscales else ["--", request.prompt]
     return " ".join(shlex.quote(clean(word)) for word in words)
 
@@ -133,8 +136,8 @@ def python_of(request: Request) -> str:
 
 def _flag(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
-    if name == "layout":
-        return [flag, "LAYOUT.json"]
+    if name in ("layout", "regions"):
+        return [flag, f"{name.upper()}.json"]
     if name == "dense_layers":
         return [f"{flag}={','.join(map(str, value))}"]
     values = value if isinstance(value, tuple) else (value,)

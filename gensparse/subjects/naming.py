@@ -158,6 +158,12 @@ def read_layout(path: Path) -> list[Any]:
     return data
 
 
+def layout_names(items: Sequence[Any]) -> list[str]:
+    """Names of the subjects that the entries of a layout file place, as far as they have one."""
+    names = [item.get("subject") for item in items if isinstance(item, Mapping)]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
+
+
 _LAYOUT = '[{"subject": "cat", "box": [0, 0, 0.5, 1]}]'
 
 Place = tuple[str, float, float, float, float]
