@@ -8,10 +8,12 @@ _EXPORTS = {
     "ClearStages": "gensparse.pipelines.flux_ways",
     "FluxCustomizePipeline": "gensparse.pipelines.flux_customize",
     "FluxHighresPipeline": "gensparse.pipelines.flux_highres",
+    "PixArtCustomizePipeline": "gensparse.pipelines.pixart_customize",
     "PixArtHighresPipeline": "gensparse.pipelines.pixart_highres",
     "QwenImageHighresPipeline": "gensparse.pipelines.qwenimage_highres",
     "SD15CustomizePipeline": "gensparse.pipelines.sd15_customize",
     "SD15HighresPipeline": "gensparse.pipelines.sd15_highres",
+    "SD3CustomizePipeline": "gensparse.pipelines.sd3_customize",
     "SD3HighresPipeline": "gensparse.pipelines.sd3_highres",
     "SDXLCustomizePipeline": "gensparse.pipelines.sdxl_customize",
     "SDXLHighresPipeline": "gensparse.pipelines.sdxl_highres",
@@ -25,8 +27,10 @@ __all__ = [
     "ClearStages",
     "FluxCustomizePipeline",
     "FluxHighresPipeline",
+    "PixArtCustomizePipeline",
     "PixArtHighresPipeline",
     "QwenImageHighresPipeline",
+    "SD3CustomizePipeline",
     "SD3HighresPipeline",
     "SD15CustomizePipeline",
     "SD15HighresPipeline",
@@ -42,9 +46,11 @@ if TYPE_CHECKING:
     from gensparse.pipelines.flux_customize import FluxCustomizePipeline
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
     from gensparse.pipelines.flux_ways import ClearStages, ScaleDiTStages
+    from gensparse.pipelines.pixart_customize import PixArtCustomizePipeline
     from gensparse.pipelines.pixart_highres import PixArtHighresPipeline
     from gensparse.pipelines.qwenimage_highres import QwenImageHighresPipeline
     from gensparse.pipelines.registry import highres_class
+    from gensparse.pipelines.sd3_customize import SD3CustomizePipeline
     from gensparse.pipelines.sd3_highres import SD3HighresPipeline
     from gensparse.pipelines.sd15_customize import SD15CustomizePipeline
     from gensparse.pipelines.sd15_highres import SD15HighresPipeline

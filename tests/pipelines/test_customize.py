@@ -13,15 +13,33 @@ from PIL import Image
 from gensparse import Reference
 from gensparse.errors import ConfigError
 from gensparse.methods import FreeCustom, ReferenceOnly
-from gensparse.pipelines import FluxCustomizePipeline, SD15CustomizePipeline, SDXLCustomizePipeline
+from gensparse.pipelines import (
+    FluxCustomizePipeline,
+    PixArtCustomizePipeline,
+    SD3CustomizePipeline,
+    SD15CustomizePipeline,
+    SDXLCustomizePipeline,
+)
 from gensparse.pipelines.customize import joined, noise_at, parted, rejoined, subject_method
 from gensparse.pipelines.unet_stages import noise_levels
 from gensparse.subjects.inversion import inverted, seen
 from gensparse.subjects.read_masks import box_mask
 from gensparse.testing.tiny import tiny_pipeline
 
-SIZES = {"sd15": (24, 40), "sdxl": (40, 16), "flux": (24, 40)}
-CLASSES = {"sd15": SD15CustomizePipeline, "sdxl": SDXLCustomizePipeline, "flux": FluxCustomizePipeline}
+SIZES = {"sd15": (24, 40), "sdxl": (40, 16), "flux": (24, 40), "sd3": (40, 24), "pixart": (24, 40)}
+CLASSES = {
+    "sd15": SD15CustomizePipeline,
+    "sdxl": SDXLCustomizePipeline,
+    "flux": FluxCustomizePipeline,
+    "sd3": SD3CustomizePipeline,
+    "pixart": PixArtCustomizePipeline,
+}
+FLOWS = ("flux", "sd3")
+OWN = {
+    "flux": {"max_sequence_length": 16},
+    "sd3": {"max_sequence_length": 16},
+    "pixart": {"max_sequence_length": 16, "clean_caption": False},
+}
 
 
 def picture(seed: int, height: int = 30, width: int = 21) -> Image.Image:
@@ -52,6 +70,9 @@ def stock(name: str):
     if name == "flux":  # native 32 x 32 pixels
         more = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **more)
+    if name == "pixart":  # the same native size; steps of first order, which inversion knows
+        pipe.transformer.register_to_config(sample_size=16)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -59,7 +80,7 @@ def stock(name: str):
 @pytest.fixture(scope="module")
 def plain(name: str, stock) -> torch.Tensor:
     """The picture of diffusers' own pipeline."""
-    return stock(**call(name)).images
+    return stock(**call(name), **diffusers_own(name)).images
 
 
 @pytest.fixture
@@ -76,9 +97,12 @@ def sdxl():
     return out
 
 
+def diffusers_own(name: str) -> dict:
+    return {"use_resolution_binning": False} if name == "pixart" else {}
+
+
 def call(name: str, seed: int = 3, **more) -> dict:
     height, width = SIZES[name]
-    own = {"max_sequence_length": 16} if name == "flux" else {}
     return {
         "prompt": "a cat and a dog",
         "height": height,
@@ -86,7 +110,7 @@ def call(name: str, seed: int = 3, **more) -> dict:
         "num_inference_steps": 3,
         "output_type": "pt",
         "generator": torch.Generator().manual_seed(seed),
-        **own,
+        **OWN.get(name, {}),
         **more,
     }
 
@@ -155,7 +179,7 @@ def test_callbacks_see_the_pictures_alone(name, pipe) -> None:
 
 def test_inverted_references_are_what_the_model_draws_again(name, stock, monkeypatch) -> None:
     """From the first latents of a refined inversion diffusers' own pipeline comes back to the picture."""
-    module = "flux_customize" if name == "flux" else "unet_customize"
+    module = "flow_customize" if name in FLOWS else "unet_customize"
     monkeypatch.setattr(f"gensparse.pipelines.{module}.inverted", partial(inverted, rounds=15))
 
     class Noting(CLASSES[name]):
@@ -169,15 +193,15 @@ def test_inverted_references_are_what_the_model_draws_again(name, stock, monkeyp
     pipe(**call(name, **steps), subjects=[CAT], subject_method="masactrl:start=0")
     first, clean = pipe.path[0], pipe.path[-1]
     alone = call(name, **steps, guidance_scale=1.0)
-    if name != "flux":
+    if name not in FLOWS:
         scheduler = copy.deepcopy(stock.scheduler)
         scheduler.set_timesteps(12)
         sigmas = noise_levels(scheduler).sigmas
         keeps = hasattr(scheduler, "init_noise_sigma") and float(scheduler.init_noise_sigma) == 1
         first = seen(first, sigmas[0]) if keeps else first / scheduler.init_noise_sigma
         clean = seen(clean, sigmas[-1]) if keeps else clean
-    again = stock(**alone, latents=first).images
-    other = stock(**alone).images
+    again = stock(**alone, latents=first, **diffusers_own(name)).images
+    other = stock(**alone, **diffusers_own(name)).images
     assert (again - clean).norm() < 1e-2 * (other - clean).norm()
 
 

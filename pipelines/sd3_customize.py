@@ -1,0 +1,164 @@
+"""Several subjects in one Stable Diffusion 3 picture. By pictures of them nothing was published for it: it is ours."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.utils import replace_example_docstring
+
+from gensparse.errors import ConfigError
+from gensparse.highres.stages import Stage
+from gensparse.methods import Method
+from gensparse.pipelines.customize import Cast, joined
+from gensparse.pipelines.flow_customize import FlowCustomizes
+from gensparse.pipelines.flow_stages import Run, Velocity
+from gensparse.pipelines.sd3_highres import SD3HighresPipeline, SkippedLayers
+from gensparse.subjects.references import Reference
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from gensparse import Reference
+        >>> from gensparse.pipelines import SD3CustomizePipeline
+
+        >>> pipe = SD3CustomizePipeline.from_pretrained(
+        ...     "stabilityai/stable-diffusion-3.5-large", dtype=torch.bfloat16
+        ... )
+        >>> pipe.enable_model_cpu_offload()
+        >>> cat = Reference("cat", "cat.png", mask="cat_mask.png", prompt="a cat on a sofa")
+        >>> image = pipe("a cat in the snow", subjects=[cat], height=1536, width=2048).images[0]
+        >>> image.save("snow.png")
+        ```
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Prompts of references: embeds [R, T, C], pooled [R, P]; `alone` where no pictures stand behind them."""
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor
+    alone: bool = False
+
+
+class SD3CustomizePipeline(FlowCustomizes, SD3HighresPipeline):
+    r"""
+    Text and pictures of subjects to image for Stable Diffusion 3 and 3.5, at any size.
+
+    References stand beside the picture with the positions of pictures of their own, the middle of the model's table, so
+    a token of a reference and the picture's token at the same place have the same position.
+
+    Components are those of [`StableDiffusion3Pipeline`]. Load it with `from_pretrained`, or share the weights of a
+    loaded pipeline: `SD3CustomizePipeline.from_pipe(pipe)`.
+    """
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *args: Any,
+        subjects: Sequence[Reference] = (),
+        subject_method: Method | str | Mapping[str, Any] = "freecustom",
+        **kwargs: Any,
+    ) -> StableDiffusion3PipelineOutput | tuple:
+        r"""
+        Generate a picture with given subjects.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                Of the picture.
+            args, kwargs:
+                All other arguments of [`SD3HighresPipeline`]; `attention` acts in the stages beyond the native one.
+                Step callbacks see the tensors of the pictures, without those of the references.
+            subjects (`Sequence[Reference]`, *optional*):
+                At most five subjects, each with a picture, several (eight in all) or by words; without any it is
+                [`SD3HighresPipeline`] to the bit.
+            subject_method (`str` or `Method`, defaults to `"freecustom"`):
+                "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
+                settings. The last two see the picture by its inversion, the others noised. For subjects by words
+                "regional", which needs regions.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.stable_diffusion_3.StableDiffusion3PipelineOutput`] or `tuple`: the pictures.
+
+        Raises:
+            ConfigError: subjects without what the method needs, or a way or attention that leaves them no place.
+        """
+        with self._with_subjects(prompt, subjects, subject_method, "Stable Diffusion 3", kwargs):
+            return super().__call__(prompt, *args, **kwargs)
+
+    def _told_of(self, prompts: list[str], run: Run) -> Told:
+        tokens = run.text - self.tokenizer_max_length  # those of the third encoder, behind CLIP's
+        if tokens < 1:
+            raise ConfigError(
+                f"The prompt's embeddings have {run.text} tokens, and prompts of subjects take more than "
+                f"{self.tokenizer_max_length}; pass prompt= in place of prompt_embeds."
+            )
+        embeds, _, pooled, _ = self.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=run.device,
+            do_classifier_free_guidance=False,
+            clip_skip=self.clip_skip,
+            max_sequence_length=tokens,
+            lora_scale=(self.joint_attention_kwargs or {}).get("scale"),
+        )
+        return Told(embeds.to(run.told["prompt_embeds"]), pooled.to(run.told["pooled_prompt_embeds"]))
+
+    def _told_beside(self, told: Told, run: Run) -> dict[str, torch.Tensor]:
+        given = {"prompt_embeds": told.embeds, "pooled_prompt_embeds": told.pooled}
+        return {name: _beside(given[name], x, 2 if run.guided else 1) for name, x in run.told.items()}
+
+    def _velocity_alone(self, told: Told, stage: Stage, run: Run) -> Velocity:
+        before, self._told = self._told, replace(told, alone=True)
+        try:
+            given = {"prompt_embeds": told.embeds, "pooled_prompt_embeds": told.pooled}
+            return run.velocity(0, stage, replace(run, told=given))
+        finally:
+            self._told = before
+
+    def _velocity(
+        self,
+        guidance_scale: float,
+        skipped: SkippedLayers | None,
+        images: torch.Tensor | None,
+        index: int,
+        stage: Stage,
+        run: Run,
+    ) -> Velocity:
+        told = self._told
+        if told is not None:
+            count = len(told.embeds)
+            # image prompts of references are those of the first picture
+            shown = None if images is None else images[-1:].expand(count, *images.shape[1:])
+            if told.alone:
+                return super()._velocity(1.0, None, shown, index, stage, run)
+            if images is not None and shown is not None:
+                images = _beside(shown, images, 2 if run.guided else 1)
+            if skipped is not None:
+                embeds, pooled = joined(told.embeds, skipped.embeds), joined(told.pooled, skipped.pooled)
+                skipped = replace(skipped, embeds=embeds, pooled=pooled)
+        return super()._velocity(guidance_scale, skipped, images, index, stage, run)
+
+    def _check_native(self, cast: Cast, stage: Stage, run: Run) -> None:
+        super()._check_native(cast, stage, run)
+        if run.guided and not run.uses_guidance(0):  # the pipeline guides, and its calls in this stage have one half
+            cast.method = replace(cast.method, halves=1)
+
+
+# --- pure helpers ---------------------------------------------------------------------------------------------------
+
+
+def _beside(references: torch.Tensor, own: torch.Tensor, halves: int) -> torch.Tensor:
+    """Rows of references in front of those of the pictures; their unconditional half is that of the first picture."""
+    if halves == 2:
+        unconditional = own.chunk(2)[0][:1].expand(len(references), *own.shape[1:])
+        references = torch.cat([unconditional, references.to(own)])
+    return joined(references, own, halves)
