@@ -272,8 +272,9 @@ def metadata_text(metadata: Mapping[str, Any]) -> str:
 
 
 def without_prompt(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The same metadata with prompt and negative prompt removed from the request."""
-    request = {k: v for k, v in metadata.get("request", {}).items() if k not in ("prompt", "negative_prompt")}
+    """The same metadata with all prompts removed from the request."""
+    prompts = ("prompt", "negative_prompt", "regions")
+    request = {k: v for k, v in metadata.get("request", {}).items() if k not in prompts}
     return {**metadata, "request": request, "prompt_omitted": "asked"}
 
 

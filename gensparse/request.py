@@ -28,6 +28,7 @@ from gensparse.subjects.naming import (
 VERSION = 1
 MAX_PROMPT_CHARS = 200_000
 MAX_SIDE = 65_536
+MAX_REGIONS = 1024
 MAX_SEED = 2**63 - 1
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 QUANTIZE = ("auto", "none", "fp8", "int8", "nf4")
@@ -165,6 +166,8 @@ class Request:
     round: str = "nearest"
     attention: str = "auto"
     highres: str = "auto"  # how sizes beyond the native one are reached, see gensparse.highres.ways
+    # prompts of rectangles for c_upscale: (left, top, right, bottom, prompt) in 0..1, see gensparse.subjects
+    regions: tuple[tuple[float, float, float, float, str], ...] = ()
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
     offload: str = "auto"
@@ -193,6 +196,7 @@ class Request:
         if self.size is not None:
             parse_size(self.size)
         parse_way(self.highres)
+        object.__setattr__(self, "regions", _checked_regions(self.regions))
         _check_word("tile", self.tile)
         parse_tiling(self.tile)
         if self.max_vram is not None:
@@ -368,6 +372,29 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _checked_regions(items: Any) -> tuple[tuple[float, float, float, float, str], ...]:
+    """Regions from the entries of a regions file, or from what this function gave."""
+    if items == () or items == []:
+        return ()
+    from gensparse.subjects.region_prompts import as_region_prompts
+
+    flat = items if isinstance(items, list | tuple) else ()
+    named = [_named(item) for item in flat] if flat else items
+    found = as_region_prompts(named)
+    if len(found) > MAX_REGIONS:
+        raise ConfigError(f"{len(found)} regions are given; give at most {MAX_REGIONS}")
+    for region in found:
+        _check_text("the prompt of a region", region.prompt)
+    return tuple((*region.box, region.prompt) for region in found)
+
+
+def _named(item: Any) -> Any:
+    """(left, top, right, bottom, prompt) as an entry of a regions file; anything else as it is."""
+    if isinstance(item, list | tuple) and len(item) == 5:
+        return {"box": list(item[:4]), "prompt": item[4]}
+    return item
 
 
 def _check_text(name: str, value: object) -> None:

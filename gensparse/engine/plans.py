@@ -12,6 +12,9 @@ from gensparse.request import CustomizeRequest, Request, UpscaleRequest
 if TYPE_CHECKING:
     from gensparse.highres.stages import Stage
 
+REGIONAL = "c_upscale"
+"""The way that reads prompts of regions."""
+
 SLACK = 1.1  # sides up to so many times the native ones are no large picture
 
 
@@ -22,7 +25,10 @@ def asked_way(request: Request, info: ModelInfo) -> Asked:
         ConfigError: a way that the family does not have, or settings of a method that it does not know.
     """
     asked = parse_way(request.highres)
-    asked = parse_way(info.row.auto) if asked.name == AUTO else asked
+    if asked.name == AUTO:
+        asked = parse_way(REGIONAL if request.regions else info.row.auto)
+    if request.regions:
+        _check_regional(asked, info)
     if asked.name not in info.row.ways:
         raise ConfigError(
             f"--highres {asked.name} does not exist for {info.row.title} ({info.alias}); "
@@ -38,6 +44,22 @@ def asked_way(request: Request, info: ModelInfo) -> Asked:
                 "leave one of both out"
             )
     return asked
+
+
+def _check_regional(asked: Asked, info: ModelInfo) -> None:
+    """ConfigError where nothing reads the prompts of regions."""
+    if asked.name != REGIONAL:
+        raise ConfigError(
+            f"--regions act in --highres {REGIONAL}, and --highres {asked.name} is given; leave one of both out"
+        )
+    if REGIONAL not in info.row.ways:
+        from gensparse.families.checkpoints import CHECKPOINTS
+
+        known = ", ".join(row.title for row in CHECKPOINTS.values() if REGIONAL in row.ways)
+        raise ConfigError(
+            f"--regions act in --highres {REGIONAL}, which does not exist for {info.row.title} ({info.alias}); use a "
+            f"model of {known}"
+        )
 
 
 def is_large(resolved: Resolved) -> bool:
@@ -143,7 +165,7 @@ def way_arguments(resolved: Resolved, request: Request) -> dict[str, Any]:
     """What a pipeline call is told about the way to its size."""
     asked, info = acting_way(resolved), resolved.info
     if info.row.levels == "steps":
-        return {"highres": asked.text}
+        return {"highres": _with_regions(resolved, request, asked.text)}
     if WAYS[asked.name].procedure:
         return {"highres": procedure(asked)}
     out: dict[str, Any] = {"highres": asked.name}
@@ -154,6 +176,28 @@ def way_arguments(resolved: Resolved, request: Request) -> dict[str, Any]:
         larger = isinstance(request, UpscaleRequest) and len(stages) > 1
         out["stages"] = [stages[0], *planned_stages(resolved)] if larger else stages
     return out
+
+
+def _with_regions(resolved: Resolved, request: Request, way: str) -> Any:
+    """The way with the request's regions, whose boxes are shares of the picture without its padding."""
+    if not request.regions:
+        return way
+    from dataclasses import replace
+
+    from gensparse.pipelines.unet_ways import as_way
+    from gensparse.subjects.region_prompts import RegionPrompt
+
+    height, width = padded_size(resolved)
+    across, down = resolved.width / width, resolved.height / height
+
+    def share(side: float, scale: float) -> float:
+        return 1.0 if side == 1 else side * scale  # what reaches the border reaches the padding's too
+
+    regions = tuple(
+        RegionPrompt((left * across, top * down, share(right, across), share(bottom, down)), prompt)
+        for left, top, right, bottom, prompt in request.regions
+    )
+    return replace(as_way(way), regions=regions)
 
 
 def takes_strength(resolved: Resolved) -> bool:

@@ -10,7 +10,7 @@ from gensparse.engine.reuse import UNTRUSTED
 from gensparse.errors import ConfigError, OutputError
 from gensparse.request import Request
 
-OWN_OF_A_PICTURE = ("prompt", "seed", "num_images", "layout")
+OWN_OF_A_PICTURE = ("prompt", "seed", "num_images", "layout", "regions")
 """What a preset leaves out, next to `UNTRUSTED`: it belongs to one picture, not to a way of making pictures."""
 
 

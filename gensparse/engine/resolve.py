@@ -96,7 +96,11 @@ def resolve_request(
     )
     full = full.replace(num_images=len(full.seed))
     source = picture.size if picture else (0, 0)
-    return Resolved(full, info, height, width, device, full.dtype, tuple(notes), source)
+    resolved = Resolved(full, info, height, width, device, full.dtype, tuple(notes), source)
+    if request.regions and picture is None and len(planned_stages(resolved)) == 1:
+        said = f"--regions have no effect at {width}x{height}: windows read them beyond {info.native_size} pixels"
+        resolved = replace(resolved, warnings=(*notes, said))
+    return resolved
 
 
 def _check_prompt(request: Request, info: ModelInfo) -> None:
