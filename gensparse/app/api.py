@@ -56,6 +56,27 @@ def add(app: App) -> None:
         values = _fields(locals(), more)
         return _told(lambda: _submit(app, "upscale", values, app.owner(request), image))
 
+    def customize(
+        request: gr.Request,
+        prompt: str = "",
+        subjects: list | None = None,
+        subject_method: str = "freecustom",
+        size: str = "",
+        model: str = "embedded",
+        attention: str = "auto",
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        num_images: int = 1,
+        negative_prompt: str = "",
+        highres: str = "auto",
+        dense_steps: int = 0,
+        more: dict | None = None,
+    ) -> dict:
+        """Queue a picture with subjects, each a dictionary of name, image, mask and box; the answer names the job."""
+        values = _fields(locals(), more)
+        return _told(lambda: _submit(app, "customize", values, app.owner(request), subjects=subjects))
+
     def estimate(
         request: gr.Request,
         prompt: str = "",
@@ -69,13 +90,14 @@ def add(app: App) -> None:
         image: dict | None = None,
         strength: float = 0.3,
         more: dict | None = None,
+        subjects: list | None = None,
     ) -> dict:
         """What a request will cost, as `gensparse plan --json` says it; with an image, of upscaling it."""
         values = _fields(locals(), more)
-        kind = "generate" if image is None else "upscale"
+        kind = "upscale" if image is not None else "customize" if subjects is not None else "generate"
         if image is None:
             values.pop("strength")
-        return _told(lambda: _plan(app, kind, values, app.owner(request), image))
+        return _told(lambda: _plan(app, kind, values, app.owner(request), image, subjects))
 
     def status(request: gr.Request, job: str = "") -> dict:
         """Where a job is, and its files once it has ended."""
@@ -91,24 +113,26 @@ def add(app: App) -> None:
 
         return _told(stop)
 
-    for function in (generate, upscale, estimate, status, cancel):
+    for function in (generate, upscale, customize, estimate, status, cancel):
         gr.api(function, api_name=function.__name__, concurrency_limit=4)
 
 
 def _fields(given: dict[str, Any], more: Any) -> dict[str, Any]:
     """The fields of a request among the arguments of an endpoint; those left out stay open."""
-    own = ("request", "more", "image", "app")
+    own = ("request", "more", "image", "subjects", "app")
     values = {name: value for name, value in given.items() if name not in own}
     return values | (more if isinstance(more, dict) else {})
 
 
-def _submit(app: App, kind: str, values: dict[str, Any], owner: str, image: Any = None) -> dict[str, Any]:
-    request, header = runs.asked(app, kind, values, owner, image)
+def _submit(
+    app: App, kind: str, values: dict[str, Any], owner: str, image: Any = None, subjects: Any = ()
+) -> dict[str, Any]:
+    request, header = runs.asked(app, kind, values, owner, image, subjects)
     return runs.view(app, runs.submit(app, owner, request, header))
 
 
-def _plan(app: App, kind: str, values: dict[str, Any], owner: str, image: Any) -> dict[str, Any]:
-    request, header = runs.asked(app, kind, values, owner, image)
+def _plan(app: App, kind: str, values: dict[str, Any], owner: str, image: Any, subjects: Any) -> dict[str, Any]:
+    request, header = runs.asked(app, kind, values, owner, image, subjects)
     return runs.plan_view(*runs.plan(request, header))
 
 

@@ -11,6 +11,7 @@ from gensparse.app.jobs import Engine, Job, Jobs
 from gensparse.app.sessions import CLIENT, COOKIE, Sessions
 from gensparse.app.settings import Settings
 from gensparse.request import GenerateRequest
+from gensparse.subjects.naming import MAX_SUBJECTS, parse_prompts, parse_subject
 
 SWEEP = 600.0  # seconds between two looks for visitors who have gone
 
@@ -44,7 +45,7 @@ class Form:
 
 
 def widget_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a request as the widgets of a form show them: attention is two of them, a list is text."""
+    """Fields of a request as a form shows them: attention is two of them, a list is text, a subject name and place."""
     out = dict(values)
     if isinstance(out.get("attention"), str):
         out["method"], _, out["settings"] = out.pop("attention").partition(":")
@@ -53,6 +54,13 @@ def widget_values(values: Mapping[str, Any]) -> dict[str, Any]:
         out["seed"] = seed[0] if seed else None
     if out.get("seed") is not None:
         out["random_seed"] = False
+    if out.get("subject"):
+        boxes = {name: box for name, *box in out.pop("layout", None) or ()}
+        names = [parse_subject(text)[0] for text in out.pop("subject")]
+        words = parse_prompts(out.pop("subject_prompt", None) or (), names)
+        for number, name in enumerate((names + [""] * MAX_SUBJECTS)[:MAX_SUBJECTS], 1):
+            out |= {f"name_{number}": name, f"words_{number}": words.get(name, "")}
+            out[f"box_{number}"] = ", ".join(f"{x:g}" for x in boxes.get(name, ()))
     if isinstance(out.get("lora"), list | tuple):
         out["lora"] = "\n".join(out["lora"])
     return out
@@ -69,7 +77,7 @@ class App:
     Attributes:
         jobs: the queue in front of the engine.
         sessions: the visitors.
-        forms: "generate" and "upscale", once the page is built.
+        forms: by kind of request, once the page is built.
         page: the `gr.Blocks`; tabs: its `gr.Tabs`, to switch to one of them; items: its tabs by id.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 from gensparse.app.settings import Limits, Settings
 from gensparse.errors import ConfigError, short, unknown_name
 from gensparse.highres.ways import parse_way
-from gensparse.request import GenerateRequest, Request, UpscaleRequest, parse_size
+from gensparse.request import CustomizeRequest, GenerateRequest, Request, UpscaleRequest, parse_size
 
 SHARED_FIELDS = (
     "prompt",
@@ -29,8 +29,12 @@ SHARED_FIELDS = (
 FIELDS = {
     GenerateRequest.kind: SHARED_FIELDS,
     UpscaleRequest.kind: (*SHARED_FIELDS, "strength", "faithful"),
+    CustomizeRequest.kind: (*SHARED_FIELDS, "subject_method"),
 }
 """What a visitor may decide, by kind of request."""
+
+FILLED = {**FIELDS, CustomizeRequest.kind: (*FIELDS[CustomizeRequest.kind], "subject", "subject_prompt", "layout")}
+"""What settings out of a picture may fill; of subjects their names, words and places, never files."""
 
 LOCAL_FIELDS = ("lora",)
 """What only the person at this machine may decide: it names files."""
@@ -69,6 +73,19 @@ def upscale_request(
     return request
 
 
+def customize_request(values: Mapping[str, Any], settings: Settings, subjects: Mapping[str, Any]) -> CustomizeRequest:
+    """A checked request with the subjects that `cast.read` gave. Raises ConfigError."""
+    return CustomizeRequest(**_checked(CustomizeRequest, values, settings), **subjects)
+
+
+def subject_methods() -> tuple[str, ...]:
+    """Names of the methods for subjects."""
+    from gensparse.pipelines.customize import ALIASES, COMPOSED, INVERTED, NOISED, WORDED
+
+    short_names = {name: alias for alias, name in ALIASES.items()}
+    return tuple(short_names.get(name, name) for name in (*NOISED, *INVERTED, *COMPOSED, *WORDED))
+
+
 def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     limits, allowed = settings.limits, FIELDS[cls.kind] + (() if settings.shared else LOCAL_FIELDS)
     for name in values:
@@ -80,7 +97,7 @@ def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) 
     out: dict[str, Any] = {"device": settings.device, "local_files_only": True}
     for name in ("prompt", "negative_prompt"):
         if name in given:
-            out[name] = _text(name, given[name], limits.prompt)
+            out[name] = checked_text(name, given[name], limits.prompt)
     for name, low, high in _whole_numbers(limits):
         if name in given:
             out[name] = _whole(name, given[name], low, high)
@@ -94,13 +111,15 @@ def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) 
     if "faithful" in given:
         out["faithful"] = given["faithful"]
     if "size" in given:
-        out["size"] = _text("size", given["size"], 40)
+        out["size"] = checked_text("size", given["size"], 40)
     out["model"] = _model(given.get("model", "embedded"), settings)
     out["attention"] = _attention(given.get("attention", "auto"), settings)
+    if "subject_method" in given:
+        out["subject_method"] = _subject_method(given["subject_method"], settings)
     if "lora" in given:
         out["lora"] = _lora(given["lora"])
-    if cls is GenerateRequest:
-        _check_result(_size_asked(out), limits)
+    if cls is not UpscaleRequest:
+        _check_result(size_asked(out), limits)
     return out
 
 
@@ -113,7 +132,7 @@ def _whole_numbers(limits: Limits) -> tuple[tuple[str, int, int], ...]:
     )
 
 
-def _size_asked(values: Mapping[str, Any]) -> tuple[int, int]:
+def size_asked(values: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) before it is rounded; models that are not of the registry count as 1024 pixels wide."""
     from gensparse.models import REGISTRY
 
@@ -132,7 +151,7 @@ def _check_result(size: tuple[int, int], limits: Limits) -> None:
 
 def _model(value: object, settings: Settings) -> str:
     """A model that is on this machine; a folder only where nobody else can reach the server."""
-    name, known = _text("model", value, 200), models_here()
+    name, known = checked_text("model", value, 200), models_here()
     if name in known:
         return name
     from gensparse.models import REGISTRY, looks_like_path
@@ -149,22 +168,37 @@ def _model(value: object, settings: Settings) -> str:
 def _attention(value: object, settings: Settings) -> str:
     """A method that exists, without files on a shared server."""
     from gensparse.engine.resolve import check_attention
-    from gensparse.engine.reuse import without_files
 
-    text = _text("attention", value, settings.limits.attention).strip()
-    if settings.shared:  # before a method is made of it, which may open files
-        _, files = without_files(text)
-        if files:
-            raise ConfigError(
-                f"attention names a file ({', '.join(files)}), which this page does not open; leave it out"
-            )
+    text = checked_text("attention", value, settings.limits.attention).strip()
+    if settings.shared:
+        _refuse_files("attention", text)
     check_attention(text)
     return text
 
 
+def _subject_method(value: object, settings: Settings) -> str:
+    """A method for subjects, without files on a shared server; whether there is one of that name, planning says."""
+    from gensparse.pipelines.customize import ALIASES
+
+    text = checked_text("subject_method", value, settings.limits.attention).strip()
+    name, colon, rest = text.partition(":")
+    if settings.shared:
+        _refuse_files("subject_method", ALIASES.get(name, name) + colon + rest)
+    return text
+
+
+def _refuse_files(field: str, text: str) -> None:
+    """Raise ConfigError for a method that names files, before one is made of it, which may open them."""
+    from gensparse.engine.reuse import without_files
+
+    _, files = without_files(text)
+    if files:
+        raise ConfigError(f"{field} names a file ({', '.join(files)}), which this page does not open; leave it out")
+
+
 def _way(value: object, settings: Settings) -> str:
     """A way to large sizes, without files on a shared server."""
-    text = _text("highres", value, settings.limits.attention)
+    text = checked_text("highres", value, settings.limits.attention)
     if settings.shared and ("/" in text or "\\" in text):
         raise ConfigError("highres names a file, which this page does not open; leave it out")
     parse_way(text)
@@ -176,7 +210,7 @@ def _lora(value: object) -> tuple[str, ...]:
     from gensparse.engine.loading import check_lora, parse_lora
 
     items = value if isinstance(value, list | tuple) else str(value).splitlines()
-    out = tuple(_text("lora", item, 1000).strip() for item in items if str(item).strip())
+    out = tuple(checked_text("lora", item, 1000).strip() for item in items if str(item).strip())
     check_lora(out)
     for item in out:
         if not Path(parse_lora(item)[0]).is_file():
@@ -185,7 +219,7 @@ def _lora(value: object) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------------- single values
-def _text(name: str, value: object, most: int) -> str:
+def checked_text(name: str, value: object, most: int) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name} is {short(value)}; give text")
     if len(value) > most:

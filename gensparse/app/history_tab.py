@@ -127,7 +127,7 @@ def _from_picture(app: App, back: _Forms) -> None:
             owner = app.owner(request)
             path = uploads.uploaded(app, value, owner)
             uploads.checked_header(app, path)
-            found = reload(path, models=forms.models_here(), fields=forms.FIELDS)
+            found = reload(path, models=forms.models_here(), fields=forms.FILLED)
             if found.kind not in app.forms:
                 raise ConfigError(f"the picture was made by {found.kind}, which this page has no form for")
         except GensparseError as error:

@@ -5,12 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from gensparse.app import api, generate_tab, history_tab, lab_tab, upscale_tab, viewer
+from gensparse.app import api, customize_tab, generate_tab, history_tab, lab_tab, upscale_tab, viewer
 from gensparse.app.core import App
 
 TABS: tuple[tuple[str, str, Callable[[App], None]], ...] = (
     ("Generate", "generate", generate_tab.tab),
     ("Upscale", "upscale", upscale_tab.tab),
+    ("Customize", "customize", customize_tab.tab),
     ("Attention lab", "lab", lab_tab.tab),
     ("History and presets", "history", history_tab.tab),
 )

@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 
-from gensparse.app import render, runs
+from gensparse.app import cast, render, runs
 from gensparse.app.core import App
 from gensparse.app.jobs import Job, State
-from gensparse.app.viewer import viewer
+from gensparse.app.viewer import file_links, viewer
 from gensparse.app.widgets import QUIET
 from gensparse.engine import Result
 from gensparse.errors import GensparseError
+from gensparse.request import CustomizeRequest
 
 TICK = 0.7  # seconds between two looks at a job
 
@@ -141,6 +142,7 @@ class Panel:
         """The updates that show a result."""
         before = runs.before_of(job)
         command, python = render.again(job.result)
+        given = cast.files(job.request) if isinstance(job.request, CustomizeRequest) else []
         twin = job.state is State.DONE and runs.why_no_twin(self.app, job) is None
         return {
             "result": viewer(job.result.outputs),
@@ -149,7 +151,7 @@ class Panel:
             "report_box": gr.update(visible=True),
             "report": render.what_ran(job.result),
             "again_box": gr.update(visible=True),
-            "command": command,
+            "command": command + file_links(given),
             "python": python,
         }
 

@@ -12,7 +12,8 @@ from gensparse.engine.reuse import UNTRUSTED, without_files
 from gensparse.errors import ConfigError, short
 from gensparse.image_io import read_metadata, read_parameters
 from gensparse.models import looks_like_path
-from gensparse.request import KINDS, VERSION, GenerateRequest, Request, UpscaleRequest
+from gensparse.request import KINDS, VERSION, CustomizeRequest, GenerateRequest, Request, UpscaleRequest
+from gensparse.subjects.naming import parse_subject
 
 LIMIT = 64 << 10
 """Characters of metadata that are read."""
@@ -20,7 +21,7 @@ LIMIT = 64 << 10
 _MACHINE = "this machine decides it"
 _BY_HAND = "choose it by hand"
 _REASONS = {
-    **dict.fromkeys(UNTRUSTED, _MACHINE),
+    **{name: _MACHINE for name in UNTRUSTED if name != "subject"},  # of that the names are taken
     "trust_remote_code": "code of a model is trusted by hand only",
     "token": "secrets are never taken from a picture",
     "image": "a picture names no other file; drop that picture instead",
@@ -39,7 +40,7 @@ class Reloaded:
     """What a picture gave.
 
     Args:
-        kind: of the request, "generate" or "upscale".
+        kind: of the request, "generate", "upscale" or "customize".
         values: fields of the request that passed every check; all others keep what the page has.
         dropped: what was left out -> why.
         text: all of the metadata, made safe for showing as plain text.
@@ -141,6 +142,9 @@ def _sorted(
             kept[key] = value
         elif value not in (None, False, "", []):
             dropped[key] = reason
+    if "subject" in kept:
+        kept["subject"] = _names(kept["subject"])
+        dropped["pictures of subjects"] = "files are chosen by hand; upload them again"
     if isinstance(kept.get("attention"), str):
         try:
             kept["attention"], files = without_files(kept["attention"])
@@ -149,6 +153,14 @@ def _sorted(
             dropped["attention"] = plain(str(error), 200)
             del kept["attention"]
     return kept, dropped
+
+
+def _names(subjects: Any) -> list[str]:
+    """The names of subjects without their files; none of what is no list of subjects."""
+    try:
+        return [parse_subject(text)[0] for text in subjects]
+    except (ConfigError, AttributeError, TypeError):
+        return []
 
 
 def _why_not_model(value: Any, models: Collection[str] | None) -> str | None:
@@ -163,10 +175,12 @@ def checked(cls: type[Request], values: Mapping[str, Any]) -> tuple[dict[str, An
     """(what the request's own checks accept, in their form; what they refuse, with their words)."""
     accepted: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    own = {"image": "x"} if cls is UpscaleRequest else {}
+    own: dict[str, Any] = {"image": "x"} if cls is UpscaleRequest else {}
+    if cls is CustomizeRequest:
+        own = {"subject": values.get("subject") or ["x"]}
     for key, value in values.items():
         try:
-            read = getattr(cls(**{key: value, **own}), key)
+            read = getattr(cls(**{**own, key: value}), key)
         except (ConfigError, TypeError, ValueError) as error:
             refused[key] = plain(str(error), 200)
         else:

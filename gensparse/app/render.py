@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from gensparse.engine.words import (
 )
 from gensparse.errors import ConfigError
 from gensparse.estimate import Estimate, format_bytes, format_seconds
-from gensparse.request import Request, request_from_dict
+from gensparse.request import CustomizeRequest, Request, request_from_dict
 
 PREVIEW_SIDE = 512
 _JPEG_QUALITY = 82
@@ -157,7 +159,15 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, object]:
 def again(result: Result) -> tuple[str, str]:
     """(command line, Python) that make a result again, each with a button that copies it."""
     request = request_of_result(result)
-    return copyable(command_of(request)), copyable(python_of(request))
+    return copyable(_layout_file(request) + command_of(request)), copyable(python_of(request))
+
+
+def _layout_file(request: Request) -> str:
+    """The line of a shell that writes the file of places that the command names; "" where there are none."""
+    if not isinstance(request, CustomizeRequest) or not request.layout:
+        return ""
+    places = [{"subject": name, "box": box} for name, *box in request.layout]
+    return f"echo {shlex.quote(json.dumps(places))} > LAYOUT.json\n"
 
 
 def request_of_result(result: Result, seed: int | None = None) -> Request:

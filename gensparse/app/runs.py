@@ -10,14 +10,14 @@ from typing import Any
 from PIL import Image
 
 from gensparse import engine, image_io
-from gensparse.app import forms, uploads
+from gensparse.app import cast, forms, uploads
 from gensparse.app.core import App
 from gensparse.app.jobs import Engine, Job, State, Work, run_request
 from gensparse.engine import Event, OutputOptions, Resolved, Result
 from gensparse.errors import ConfigError, GensparseError, WontFitError
 from gensparse.estimate import Estimate
 from gensparse.image_io import Header
-from gensparse.request import GenerateRequest, Request, UpscaleRequest
+from gensparse.request import CustomizeRequest, GenerateRequest, Request, UpscaleRequest
 
 NATIVE = "native.png"
 PAIR_SIDE = 2048
@@ -26,11 +26,13 @@ STAGES = ".stages"
 
 # --------------------------------------------------------------------------------------------------------------- asking
 def asked(
-    app: App, kind: str, values: Mapping[str, Any], owner: str, image: Any = None
+    app: App, kind: str, values: Mapping[str, Any], owner: str, image: Any = None, subjects: Any = ()
 ) -> tuple[Request, Header | None]:
-    """The checked request behind a visitor's values, and the size of his picture. Raises ConfigError."""
+    """The checked request behind a visitor's values, and the size of the picture to enlarge. Raises ConfigError."""
     if kind == GenerateRequest.kind:
         return forms.generate_request(values, app.settings), None
+    if kind == CustomizeRequest.kind:
+        return forms.customize_request(values, app.settings, cast.read(app, subjects, owner)), None
     path = uploads.uploaded(app, image, owner)
     header = uploads.checked_header(app, path)
     return forms.upscale_request(values, app.settings, path, header.size), header
@@ -58,6 +60,8 @@ def submit(
     try:
         if isinstance(request, UpscaleRequest):
             request = request.replace(image=str(uploads.keep(Path(request.image), folder)))
+        elif isinstance(request, CustomizeRequest):
+            request = cast.keep(request, folder)
         count = max(len(request.seed), request.num_images)
         output = OutputOptions(
             paths=tuple(folder / f"{k + 1:04d}.png" for k in range(count)),
@@ -98,7 +102,7 @@ def why_no_twin(app: App, job: Job) -> str | None:
     """Why a result is not compared with dense attention, None where it can be."""
     if not isinstance(job.result, Result) or not job.result.outputs:
         return "there is no result yet"
-    if not any(stage.get("sparse") for stage in job.result.attention.get("stages", [])):
+    if not any(stage.get("sparse") and "subjects" not in stage for stage in job.result.attention.get("stages", [])):
         return "it is dense already"
     side = max(job.result.outputs[0].width, job.result.outputs[0].height)
     if side > app.limits.dense:

@@ -20,8 +20,9 @@ class Limits:
         steps, images, guidance: of one request, the largest.
         prompt: characters of the prompt, and of the negative prompt.
         attention: characters of an attention setting.
+        name: characters of the name of a subject.
         seed: the largest; every whole number up to it survives JavaScript.
-        upload: bytes of an uploaded picture; upload_pixels: of it, told by its header.
+        upload: bytes of an uploaded picture; upload_pixels: of all pictures of a request, told by their headers.
         body: bytes of any other request.
         queue: jobs that wait; per_session: jobs of one visitor that wait or run.
         dense: pixels of a side up to which "compare with dense" is offered.
@@ -33,6 +34,7 @@ class Limits:
     guidance: float = 30.0
     prompt: int = 2000
     attention: int = 200
+    name: int = 60
     seed: int = 2**53 - 1
     upload: int = 80 * MB
     upload_pixels: int = 150_000_000

@@ -1,6 +1,7 @@
 """Pictures of visitors: only files that were uploaded, judged by their header before anything decodes them."""
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -11,7 +12,10 @@ from typing import Any
 
 from gensparse.app.core import App
 from gensparse.errors import ConfigError, short
-from gensparse.image_io import Header, read_header
+from gensparse.image_io import Header, read_header, read_image
+
+FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"]
+SMALL = 512  # pixels of the longer side of a copy to draw on
 
 
 def uploaded(app: App, value: Any, owner: str) -> Path:
@@ -44,10 +48,31 @@ def checked_header(app: App, path: Path) -> Header:
     return _named(path, lambda: read_header(path, max_pixels=limits.upload_pixels))
 
 
-def keep(path: Path, folder: Path) -> Path:
-    """A copy of an upload among the files of its job, where nothing deletes it meanwhile."""
-    suffix = path.suffix.lower()
-    copy = folder / f"input-{secrets.token_hex(4)}{suffix if re.fullmatch(r'[.][a-z]{1,5}', suffix) else ''}"
+def small_copy(app: App, owner: str, path: Path) -> Path:
+    """A small upright copy of an upload among the visitor's temporary files, made once.
+
+    Raises:
+        ConfigError: no picture, or a damaged one.
+    """
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:24]
+    copy = app.sessions.folder(owner, scratch=True) / f"small-{name}.png"
+    if not copy.exists():
+        image = _named(path, lambda: read_image(path, max_pixels=app.limits.upload_pixels)).image
+        image.thumbnail((SMALL, SMALL), reducing_gap=2.0)
+        part = copy.with_suffix(".part")
+        image.save(part, "PNG")
+        part.replace(copy)
+    return copy
+
+
+def keep(path: Path, folder: Path, stem: str | None = None) -> Path:
+    """A copy of an upload among the files of its job, where nothing deletes it meanwhile.
+
+    Args:
+        stem: its name without suffix; None for a random one.
+    """
+    suffix, stem = path.suffix.lower(), stem or f"input-{secrets.token_hex(4)}"
+    copy = folder / f"{stem}{suffix if re.fullmatch(r'[.][a-z]{1,5}', suffix) else ''}"
     try:
         os.link(path, copy)
     except OSError:  # another file system

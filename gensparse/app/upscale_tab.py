@@ -13,8 +13,6 @@ from gensparse.app.viewer import file_url
 from gensparse.app.widgets import QUIET
 from gensparse.errors import GensparseError
 
-FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"]
-
 
 def tab(app: App) -> None:
     """Draw the tab inside an open `gr.Tab`."""
@@ -24,7 +22,7 @@ def tab(app: App) -> None:
             picture = gr.File(
                 label=f"Your picture, up to {app.limits.upload // 1_000_000} MB",
                 file_count="single",
-                file_types=FILE_TYPES,
+                file_types=uploads.FILE_TYPES,
                 type="filepath",
                 elem_id="gs-upscale-picture",
             )
@@ -36,14 +34,15 @@ def tab(app: App) -> None:
             panel = Panel(app, "upscale", "The enlarged picture appears here. Ctrl+Enter starts it.")
 
     def submit(owner: str, values: tuple[Any, ...]) -> Job:
-        request, header = runs.asked(app, "upscale", _values(form, values[1:]), owner, values[0])
+        request, header = runs.asked(app, "upscale", widgets.form_values(form, values[1:]), owner, values[0])
         return runs.submit(app, owner, request, header, panel="upscale")
 
     def estimate(request: gr.Request, *values: Any) -> str:
         if not values[0]:
             return ""
         try:
-            checked, header = runs.asked(app, "upscale", _values(form, values[1:]), app.owner(request), values[0])
+            fields = widgets.form_values(form, values[1:])
+            checked, header = runs.asked(app, "upscale", fields, app.owner(request), values[0])
             return render.plan_card(*runs.plan(checked, header))
         except GensparseError as error:
             return render.error_card(str(error))
@@ -83,15 +82,7 @@ def _draw_form(app: App, form: Form) -> list[Any]:
     fields["strength"] = gr.Slider(
         0.0, 1.0, 0.3, step=0.05, label="Strength", info="0 keeps the picture, 1 draws it anew from noise"
     )
-    fields["prompt"] = gr.Textbox(
-        "",
-        label="Prompt",
-        lines=2,
-        max_lines=6,
-        max_length=limits.prompt,
-        info="What the picture shows; optional",
-        elem_id="gs-upscale-prompt",
-    )
+    fields["prompt"] = widgets.prompt(app, "upscale", "", "What the picture shows; optional", lines=2)
     fields["method"], fields["settings"], _ = widgets.attention_choice()
     with gr.Accordion("More", open=False):
         fields |= widgets.numbers(app)
@@ -99,11 +90,8 @@ def _draw_form(app: App, form: Form) -> list[Any]:
         fields["faithful"] = gr.Checkbox(
             True, label="Faithful", info="Correct the result until it shrinks to your picture"
         )
-        fields["negative_prompt"] = gr.Textbox(
-            "", label="Negative prompt", lines=1, max_lines=4, max_length=limits.prompt, info="What to steer away from"
-        )
-        if not app.settings.shared:
-            fields["lora"] = gr.Textbox("", label="LoRA", lines=1, max_lines=4, info="PATH or PATH:SCALE, one a line")
+        fields["negative_prompt"] = widgets.negative_prompt(app)
+        fields |= widgets.loras(app)
     return [fields["prompt"].submit]
 
 
@@ -112,7 +100,3 @@ def _seen(path: Path, size: tuple[int, int]) -> str:
     height, width = size
     words = f"<p>{render.esc(path.name)}: {width} x {height} pixels</p>"
     return f'{words}<img class="gs-preview" alt="your picture" src="{render.esc(file_url(path))}">'
-
-
-def _values(form: Form, values: tuple[Any, ...]) -> dict[str, Any]:
-    return widgets.request_values(dict(zip(form.fields, values, strict=True)))

@@ -1,4 +1,4 @@
-"""What the browser runs beside gradio: a viewer for large pictures, copy buttons, keys. One script, no other host."""
+"""What the browser runs beside gradio: a viewer for large pictures, drawing, copy buttons, keys; no other host."""
 
 import json
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from gensparse.app.render import esc
 from gensparse.engine.values import Output
 
 _HERE = Path(__file__).parent
+_SCRIPTS = ("viewer.js", "draw.js")
 
 
 def head() -> str:
-    """The script of the page."""
-    return f"<script>\n{(_HERE / 'viewer.js').read_text(encoding='utf-8')}\n</script>"
+    """The scripts of the page."""
+    return "\n".join(f"<script>\n{(_HERE / name).read_text(encoding='utf-8')}\n</script>" for name in _SCRIPTS)
 
 
 def css() -> str:
@@ -41,6 +42,15 @@ def viewer(outputs: Sequence[Output]) -> str:
         for p in pictures
     )
     return f'<gs-viewer data-pictures="{esc(json.dumps(pictures))}"></gs-viewer><div class="gs-links">{links}</div>'
+
+
+def file_links(paths: Sequence[Path]) -> str:
+    """Links to a visitor's own files, by their names."""
+    links = "".join(
+        f'<a class="gs-link" href="{esc(file_url(path))}" download="{esc(path.name)}">{esc(path.name)}</a>'
+        for path in paths
+    )
+    return f'<div class="gs-links">{links}</div>' if links else ""
 
 
 def _name(item: Output) -> str:

@@ -1,11 +1,11 @@
 """The widgets that a request is made of; which values they allow is checked again in `forms`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
-from gensparse.app.core import App
+from gensparse.app.core import App, Form
 from gensparse.app.forms import models_here
 from gensparse.app.render import esc
 from gensparse.errors import ConfigError, GensparseError
@@ -38,7 +38,35 @@ OFFERED = (
 )
 """Methods that the form lists: those that make any picture cheaper with nothing but numbers. Others can be typed."""
 
+COSTLY = ("model", "size", "method", "settings", "steps", "guidance", "num_images", "highres", "dense_steps")
+"""Fields of every form with text that change what a request costs."""
+
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def prompt(app: App, tab: str, value: str, info: str, lines: int = 3) -> gr.Textbox:
+    """What the picture shows."""
+    return gr.Textbox(
+        value,
+        label="Prompt",
+        lines=lines,
+        max_lines=8,
+        max_length=app.limits.prompt,
+        info=info,
+        elem_id=f"gs-{tab}-prompt",
+    )
+
+
+def size_choice(app: App) -> gr.Dropdown:
+    """The size of a picture from text."""
+    return gr.Dropdown(
+        sizes(app, [("the model's own", "1x")]),
+        value="1x",
+        label="Size",
+        info=f"or type 1920x1200, 2x, 16:9@8mp; up to {app.limits.side} pixels a side",
+        allow_custom_value=True,
+        min_width=140,
+    )
 
 
 def sizes(app: App, first: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
@@ -135,7 +163,41 @@ def numbers(app: App) -> dict[str, Any]:
     return out
 
 
-def request_values(shown: dict[str, Any]) -> dict[str, Any]:
+def negative_prompt(app: App) -> gr.Textbox:
+    """What the picture is not to show."""
+    return gr.Textbox(
+        "", label="Negative prompt", lines=1, max_lines=4, max_length=app.limits.prompt, info="What to steer away from"
+    )
+
+
+def loras(app: App) -> dict[str, Any]:
+    """LoRA files, where only the person at this machine reaches the page."""
+    if app.settings.shared:
+        return {}
+    return {"lora": gr.Textbox("", label="LoRA", lines=1, max_lines=4, info="PATH or PATH:SCALE, one a line")}
+
+
+def more(app: App) -> dict[str, Any]:
+    """What forms with text have beside, folded away."""
+    out: dict[str, Any] = {}
+    with gr.Accordion("More", open=False):
+        out["negative_prompt"] = negative_prompt(app)
+        out["highres"] = highres_choice()
+        with gr.Row():
+            out["num_images"] = gr.Slider(1, app.limits.images, 1, step=1, label="Pictures", info="Seeds counted up")
+            out["dense_steps"] = gr.Slider(
+                0, app.limits.steps, 0, step=1, label="Dense steps", info="First steps of each stage kept dense"
+            )
+        out |= loras(app)
+    return out
+
+
+def form_values(form: Form, values: Sequence[Any]) -> dict[str, Any]:
+    """Values of the widgets of a form, in their order, as fields of a request."""
+    return request_values(dict(zip(form.fields, values, strict=True)))
+
+
+def request_values(shown: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the widgets as fields of a request: the opposite of `core.widget_values`."""
     out = {name: value for name, value in shown.items() if value is not None and value != ""}
     method, settings = str(out.pop("method", "auto")).strip(), str(out.pop("settings", "")).strip()
