@@ -303,7 +303,7 @@ def _density(attention: str, height: int, width: int, info: "ModelInfo") -> floa
     from gensparse.plan import build_plan
 
     arch, row = info.architecture, info.row
-    family = import_module(f"gensparse.families.{row.attention}")
+    family = import_module(f"gensparse.families.{row.attention}").FAMILY
     layout = family.layout_for(height, width, n_text=text_tokens(info), **row.layout(arch))
     method, native = parse_method(attention), info.native_size
     if isinstance(method, Auto):

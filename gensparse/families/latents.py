@@ -1,13 +1,61 @@
-"""Grids of denoisers that receive latents as pictures or clips, and their training size from the config."""
+"""Denoisers that receive latents as pictures or clips: their grids, and their training size from the config."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gensparse.errors import ConfigError, LayoutMismatchError
-from gensparse.layout import Grid
+from gensparse.families.base import Family, Layouts, TensorMemo, needed, sites_of, whole_tokens
+from gensparse.layout import Grid, Layout
 
 if TYPE_CHECKING:
     import torch
+
+
+def picture_alone(name: str, *, attention: str, blocks: str) -> Family:
+    """A family whose self-attention sees the picture alone; text comes by cross attention.
+
+    Args:
+        attention, blocks: regular expressions of its self-attention modules and of its repeated blocks.
+    """
+
+    def read_layouts(model: Any, bound: Mapping[str, Any], _memo: TensorMemo) -> Layouts:
+        """Layout from `hidden_states` [B, C, H, W], cut down to whole patches.
+
+        Raises:
+            LayoutMismatchError: latents are missing or no picture.
+        """
+        (latents,) = needed(name, bound, "hidden_states")
+        return {"self": Layout.joint(token_grid(name, latents, model.config["patch_size"]))}
+
+    def layout_for(height: int, width: int, *, n_text: int = 0, vae_scale: int = 8, patch: int = 2) -> Layout:
+        """Layout of a picture of height x width pixels; sizes are cut down to whole patches.
+
+        Args:
+            n_text: text takes no part in self-attention, so its length does not matter.
+            vae_scale: pixels per latent cell; patch: latent cells per token, both per axis.
+
+        Raises:
+            ConfigError: the picture holds no whole token.
+        """
+        token = vae_scale * patch
+        return Layout.image(*whole_tokens(name, ("height", height, token), ("width", width, token)))
+
+    def native_tokens(model: Any, _scheduler_config: Mapping[str, Any] | None = None) -> int:
+        """Picture tokens of the training size (`sample_size`) of a transformer, or of a pipeline that has one.
+
+        Raises:
+            ConfigError: the config does not say it.
+        """
+        return trained_tokens(name, model)
+
+    return Family(
+        name=name,
+        sites=sites_of(self=attention),
+        read_layouts=read_layouts,
+        layout_for=layout_for,
+        native_tokens=native_tokens,
+        blocks=blocks,
+    )
 
 
 def token_grid(

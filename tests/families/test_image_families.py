@@ -653,7 +653,7 @@ def test_pipeline_calls_have_the_layout_for_its_pixels_and_its_steps_are_counted
     hook.remove()
     options = {"n_text": n_text, "vae_scale": 2}
     pixels = (call["height"], call["width"])
-    expected = {role: family.layout_for(*pixels, **{**options, **own}) for role, own in sizes.items()}
+    expected = {role: family.FAMILY.layout_for(*pixels, **{**options, **own}) for role, own in sizes.items()}
     assert all(layouts == expected for layouts in seen)
     handle = gensparse.apply(pipe, SMALL, strict=True, dense_steps=1)
     assert not torch.equal(picture(pipe, call), dense)
@@ -682,7 +682,7 @@ def test_pipeline_calls_have_the_layout_for_its_pixels_and_its_steps_are_counted
 def test_layout_for_a_picture_of_1024_pixels_needs_no_weights(
     family: Any, options: Mapping[str, int], grid: tuple[int, int], tokens: int
 ) -> None:
-    layout = family.layout_for(1024, 1024, **options)
+    layout = family.FAMILY.layout_for(1024, 1024, **options)
     assert layout.grid == (1, *grid)
     assert layout.tokens == tokens
 
@@ -699,7 +699,7 @@ MODULES = (unet, pixart, hunyuandit, sd3, auraflow, cogview4, hunyuanimage, hidr
 @pytest.mark.parametrize("family", MODULES, ids=lambda family: family.FAMILY.name)
 def test_layout_for_a_picture_below_one_token_is_refused(family: Any) -> None:
     with pytest.raises(ConfigError, match="height=7"):
-        family.layout_for(7, 64, n_text=5)
+        family.FAMILY.layout_for(7, 64, n_text=5)
 
 
 @pytest.mark.parametrize("level", [-1, 1.0, True, None])
@@ -738,7 +738,7 @@ def test_native_tokens_come_from_the_config(name: str, tokens: int) -> None:
 
 
 def test_sizes_of_training_that_are_not_square_count_both_sides() -> None:
-    assert pixart.native_tokens(stub({"sample_size": (48, 32), "patch_size": 2})) == 24 * 16
+    assert pixart.FAMILY.native_tokens(stub({"sample_size": (48, 32), "patch_size": 2})) == 24 * 16
 
 
 def test_native_tokens_of_hunyuanimage_are_known_to_its_pipeline_only() -> None:
