@@ -225,24 +225,20 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """What a person reads of the rows."""
     from gensparse.estimate import format_bytes
 
-    def text(row: Row, name: str, form: str, scale: float = 1.0) -> str:
-        value = row.get(name)
-        return "" if value is None else format(value * scale, form)
-
     return [
         (
             row["case"],
             row["contender"],
             row["dtype"],
             str(row["threads"]),
-            text(row, "seconds", ".1f", 1e3),
-            text(row, "cpu_seconds", ".1f", 1e3),
-            text(row, "times_dense", ".2f"),
-            text(row, "peak_share", ".0%"),
-            text(row, "visited_to_useful", ".2f"),
+            record.shown(row, "seconds", ".1f", 1e3),
+            record.shown(row, "cpu_seconds", ".1f", 1e3),
+            record.shown(row, "times_dense", ".2f"),
+            record.shown(row, "peak_share", ".0%"),
+            record.shown(row, "visited_to_useful", ".2f"),
             "" if row.get("extra_bytes") is None else format_bytes(row["extra_bytes"]),
-            text(row, "first_call_seconds", ".2f"),
-            text(row, "error", ".1e"),
+            record.shown(row, "first_call_seconds", ".2f"),
+            record.shown(row, "error", ".1e"),
             row.get("note") or "",
         )
         for row in rows

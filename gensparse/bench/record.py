@@ -95,6 +95,12 @@ def _version(name: str) -> str:
         return ""
 
 
+def shown(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
+    """A number of a row for people, "" where it has none."""
+    value = row.get(name)
+    return "" if value is None else format(value * scale, form)
+
+
 def append(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] = FIELDS) -> None:
     """Append rows to a CSV, with a header where the file is new.
 

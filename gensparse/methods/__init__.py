@@ -36,6 +36,7 @@ from gensparse.methods.reference_only import ReferenceOnly
 from gensparse.methods.regional import Regional
 from gensparse.methods.scale_dit import ScaleDiT
 from gensparse.methods.schedule import Schedule
+from gensparse.methods.settings_text import as_number
 from gensparse.methods.sliding_window import SlidingWindow
 from gensparse.methods.storydiffusion import StoryDiffusion
 from gensparse.methods.structured import Structured
@@ -190,19 +191,10 @@ def as_method(method: Method | str | Mapping[str, Any]) -> Method:
 
 def parse_value(text: str) -> Any:
     """A setting as typed: true, none, 16, 80x80, 1.5; anything else stays text, which the method then refuses."""
-    parts = [_WORDS[part] if part in _WORDS else _number(part) for part in text.lower().split("x")]
+    parts = [_WORDS[part] if part in _WORDS else as_number(part) for part in text.lower().split("x")]
     if any(isinstance(part, str) for part in parts):
         return text
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
 _WORDS = {"true": True, "false": False, "none": None}
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

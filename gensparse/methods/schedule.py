@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from gensparse.errors import ConfigError
 from gensparse.layout import Layout
 from gensparse.methods.base import START, At, Dense, Loaded, Method, Place, Subject
+from gensparse.methods.settings_text import as_number
 from gensparse.methods.sliding_window import SlidingWindow
 from gensparse.patterns import Pattern, RoutedPattern
 
@@ -123,7 +124,7 @@ class Schedule(Method):
             start, equals, what = (part.strip() for part in item.partition("="))
             if not equals or not what:
                 raise ConfigError(f"{item!r} is not a phase; write schedule:0=dense;0.25=clear:radius=16.")
-            phases.append((_start(start), what))
+            phases.append((as_number(start), what))
         return {"phases": tuple(phases)} if phases else {}
 
     @classmethod
@@ -170,13 +171,3 @@ def _check_starts(starts: tuple[Any, ...]) -> None:
             f"schedule phases start at {starts!r}; pass numbers that rise from 0, either all steps (integers) or all "
             "shares of the run (below 1.0)."
         )
-
-
-def _start(text: str) -> int | float | str:
-    """A start as typed; what is no number is refused with the others."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

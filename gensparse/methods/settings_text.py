@@ -1,10 +1,20 @@
-"""Settings that hold sentences or lists of objects: as text of a method they are JSON."""
+"""Settings as text: numbers as typed, and JSON where they hold sentences or lists of objects."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from gensparse.errors import ConfigError, short
+
+
+def as_number(text: str) -> int | float | str:
+    """A number as typed; what is none stays text, which is refused where the setting is checked."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 class JsonSettings:
