@@ -1,6 +1,6 @@
 """PrimeComposer on a model: who asks and who answers in the prior pass, and what it steers (2403.05053)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -82,21 +82,12 @@ class PrimeComposerRun(SubjectRun):
         )
 
     # ------------------------------------------------------------------------------------------------ self-attention
-    def shared(
-        self,
-        site: SharedSite,
-        batch: Batch,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: OperatorCall,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
+    def shared(self, site: SharedSite, batch: Batch, q: Tensor, k: Tensor, v: Tensor, call: OperatorCall) -> Tensor:
         if not batch.references or CONDITIONAL not in batch.halves:
-            return dense()
+            return call.dense()
         own = self.placed(call.layout, q.device)
         if not len(own.source):
-            return dense()
+            return call.dense()
         parts = []
         for place, half in enumerate(batch.halves):
             rows = slice(batch.row(place, 0), batch.row(place, batch.items))

@@ -6,7 +6,7 @@ views of the pictures.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -253,30 +253,22 @@ class SubjectRun(Loaded):
             )
         plain = q, k, v
         q, k, v = self.prepared(site, batch, q, k, v, call.layout)
-        same = all(a is b for a, b in zip(plain, (q, k, v), strict=True))
+        if any(a is not b for a, b in zip(plain, (q, k, v), strict=True)):
 
-        def dense() -> Tensor:
-            return call.dense() if same else attend_all(q, k, v, call.layout, scale=call.scale, key_bias=call.key_bias)
+            def dense() -> Tensor:
+                return attend_all(q, k, v, call.layout, scale=call.scale, key_bias=call.key_bias)
 
-        out = self.shared(site, batch, q, k, v, call, dense)
+            call = call._replace(dense=dense)
+        out = self.shared(site, batch, q, k, v, call)
         if self._writing is not None:
             self._write(site, batch, k, v, call.layout)
         return out
 
-    def shared(
-        self,
-        site: SharedSite,
-        batch: Batch,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: OperatorCall,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
-        """Attention under the views; `dense` gives plain attention of the same tensors."""
+    def shared(self, site: SharedSite, batch: Batch, q: Tensor, k: Tensor, v: Tensor, call: OperatorCall) -> Tensor:
+        """Attention under the views; `call.dense` gives plain attention of the same tensors."""
         views = self.views(site, batch, k, v, call.layout)
         return attend_views(
-            q, k, v, views, call.layout, dense, scale=call.scale, key_bias=call.key_bias, multiple=self.multiple
+            q, k, v, views, call.layout, call.dense, scale=call.scale, key_bias=call.key_bias, multiple=self.multiple
         )
 
     def _batch(self, at: At, arguments: dict[str, Any], *, counted: bool) -> Batch:

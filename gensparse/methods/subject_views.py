@@ -1,6 +1,6 @@
 """Who sees whom in the methods whose references are shown as they are: the views of every picture of a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,19 +141,10 @@ class StyleRun(SubjectRun):
             views += [None] * batch.references + [view] * (batch.items - batch.references)
         return views
 
-    def shared(
-        self,
-        site: SharedSite,
-        batch: Batch,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: OperatorCall,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
+    def shared(self, site: SharedSite, batch: Batch, q: Tensor, k: Tensor, v: Tensor, call: OperatorCall) -> Tensor:
         if self.method.full:
             return attend_together(q, k, v, len(batch.halves), call.layout, scale=call.scale)
-        return super().shared(site, batch, q, k, v, call, dense)
+        return super().shared(site, batch, q, k, v, call)
 
     def check(self, subjects: Subjects) -> None:
         if any(item.mask is not None or item.region is not None for item in subjects.concepts):
@@ -268,23 +259,14 @@ class TokenFlowRun(SubjectRun):
         q, k = (x[: batch.items].repeat(len(batch.halves), 1, 1, 1) for x in (q, k))
         return q, k, v
 
-    def shared(
-        self,
-        site: SharedSite,
-        batch: Batch,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: OperatorCall,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
+    def shared(self, site: SharedSite, batch: Batch, q: Tensor, k: Tensor, v: Tensor, call: OperatorCall) -> Tensor:
         if batch.items == 1:
-            return dense()
+            return call.dense()
         if not alone(call.layout) or call.key_bias is not None:
-            return super().shared(site, batch, q, k, v, call, dense)
+            return super().shared(site, batch, q, k, v, call)
         together = [half != SOURCE for half in batch.halves]
         return attend_together(
-            q, k, v, len(batch.halves), call.layout, scale=call.scale, together=together, dense=dense
+            q, k, v, len(batch.halves), call.layout, scale=call.scale, together=together, dense=call.dense
         )
 
     def views(self, site: SharedSite, batch: Batch, k: Tensor, v: Tensor, layout: Layout) -> list[View | None]:
