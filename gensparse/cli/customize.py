@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST, REQUEST_OPTIONS, SUBJECT_OPTIONS, with_options
+from gensparse.cli.options import OUTPUT_OPTIONS, REQUEST, REQUEST_OPTIONS, SUBJECT_OPTIONS, SUBJECTS, with_options
 
 
 @with_options(SUBJECT_OPTIONS, REQUEST_OPTIONS, OUTPUT_OPTIONS)
@@ -20,6 +20,14 @@ def customize(
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="Read the prompt from a file", rich_help_panel=REQUEST)
+    ] = None,
+    turns: Annotated[
+        Path | None,
+        typer.Option(
+            "--turns",
+            help="A story.json: subjects and turns, a picture for each; run again to go on",
+            rich_help_panel=SUBJECTS,
+        ),
     ] = None,
 ) -> None:
     """Make a picture with given subjects, each from pictures of it or by words.
@@ -36,6 +44,12 @@ def customize(
     from gensparse.cli.requests import customize_request, read_prompt
     from gensparse.cli.run import run_requests
 
+    if turns is not None:
+        from gensparse.cli.story import run_story
+
+        given = [item for item in (prompt, *(prompt_option or ()), prompt_file) if item is not None]
+        run_story(turns, flags, [str(item) for item in given])
+        return
     first, *more = prompt_option or [None]
     request = customize_request(flags, read_prompt(prompt, first, prompt_file), more)
     run_requests([request], flags)
