@@ -18,36 +18,52 @@ PIXART_ENCODERS = 4_760_000_000  # T5-XXL
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Sizes of a FLUX-type model that decide cost: read from its configs, so that no weights are needed."""
+class _WithAutoencoder:
+    """What all models have: the sizes of their autoencoder."""
 
-    double_blocks: int = 19
-    single_blocks: int = 38
-    heads: int = 24
-    head_dim: int = 128
-    in_channels: int = 64
-    guidance_embeds: bool = True
     vae_class: str = "AutoencoderKL"
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
     vae_convs: tuple[int, ...] = (7, 7, 7, 11)  # 3x3 convolutions of the decoder per level, full resolution first
-    encoder_params: int = FLUX_ENCODERS
+
+    @property
+    def vae_factor(self) -> int:
+        return 2 ** (len(self.vae_channels) - 1)
+
+
+@dataclass(frozen=True)
+class _Transformer(_WithAutoencoder):
+    """Sizes of a transformer whose tokens are 2 x 2 latent cells."""
+
+    heads: int = 24
+    head_dim: int = 128
 
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
 
     @property
+    def multiple(self) -> int:
+        """Both sides of a picture are multiples of this many pixels: autoencoder factor times the cells of a token."""
+        return 2 * self.vae_factor
+
+    def tokens(self, height: int, width: int) -> int:
+        """Picture tokens of a size in pixels."""
+        return (height // self.multiple) * (width // self.multiple)
+
+
+@dataclass(frozen=True)
+class Architecture(_Transformer):
+    """Sizes of a FLUX-type model that decide cost: read from its configs, so that no weights are needed."""
+
+    double_blocks: int = 19
+    single_blocks: int = 38
+    in_channels: int = 64
+    guidance_embeds: bool = True
+    encoder_params: int = FLUX_ENCODERS
+
+    @property
     def layers(self) -> int:
         return self.double_blocks + self.single_blocks
-
-    @property
-    def vae_factor(self) -> int:
-        return 2 ** (len(self.vae_channels) - 1)
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of a picture are multiples of this many pixels: autoencoder factor times the 2x2 packing."""
-        return 2 * self.vae_factor
 
     @property
     def transformer_params(self) -> int:
@@ -68,10 +84,6 @@ class Architecture:
         """The layers in words."""
         return f"{self.double_blocks} double, {self.single_blocks} single, {self.heads} heads of {self.head_dim}"
 
-    def tokens(self, height: int, width: int) -> int:
-        """Picture tokens of a size in pixels."""
-        return (height // self.multiple) * (width // self.multiple)
-
     def activation_values(self, chunked: bool) -> float:
         """Live values per token at the peak of a call, traced: the single blocks, or rotating queries and keys."""
         return (13.3 if chunked else 17.3) * self.width
@@ -82,7 +94,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class JointArchitecture:
+class JointArchitecture(_Transformer):
     """Sizes of a transformer whose blocks all have a picture and a text stream: Stable Diffusion 3, QwenImage.
 
     Args:
@@ -94,7 +106,6 @@ class JointArchitecture:
     """
 
     layers: int = 24
-    heads: int = 24
     head_dim: int = 64
     dual_layers: int = 0
     text_ends: bool = True
@@ -102,23 +113,7 @@ class JointArchitecture:
     in_channels: int = 16
     guidance_in_batch: bool = True
     values: tuple[float, float] = (12.8, 8.8)
-    vae_class: str = "AutoencoderKL"
-    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
-    vae_convs: tuple[int, ...] = (7, 7, 7, 11)
     encoder_params: int = SD3_ENCODERS
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def vae_factor(self) -> int:
-        return 2 ** (len(self.vae_channels) - 1)
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of a picture are multiples of this many pixels: autoencoder factor times patches of 2 x 2."""
-        return 2 * self.vae_factor
 
     @property
     def transformer_params(self) -> int:
@@ -136,10 +131,6 @@ class JointArchitecture:
         dual = f", {self.dual_layers} with a second attention" if self.dual_layers else ""
         return f"{self.layers} joint{dual}, {self.heads} heads of {self.head_dim}"
 
-    def tokens(self, height: int, width: int) -> int:
-        """Picture tokens of a size in pixels."""
-        return (height // self.multiple) * (width // self.multiple)
-
     def activation_values(self, chunked: bool) -> float:
         """Live values per token at the peak of one half of the guidance."""
         return self.values[chunked] * self.width
@@ -151,7 +142,7 @@ class JointArchitecture:
 
 
 @dataclass(frozen=True)
-class UNetArchitecture:
+class UNetArchitecture(_WithAutoencoder):
     """Sizes of a UNet that decide cost; the defaults are SDXL's, traced and counted on its real layer shapes.
 
     A token is a cell of the finest level with attention: 2 x 2 latent pixels of SDXL, one of Stable Diffusion 1.5.
@@ -166,17 +157,10 @@ class UNetArchitecture:
     linear_flops: float = 1.467e9  # per token, convolutions and attention to text included
     attention_flops: float = 44_800.0  # per pair of tokens: 10 blocks of 640 channels, 60 of 1280 on a quarter
     values: tuple[float, float] = (20_150.0, 17_950.0)  # live per token at the peak, whole and in chunks
-    vae_class: str = "AutoencoderKL"
-    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
-    vae_convs: tuple[int, ...] = (7, 7, 7, 11)
     encoder_params: int = SDXL_ENCODERS
     kept_params: int = 0
     guidance_in_batch: bool = True
     patch: int = 1  # latent cells that sides are multiples of
-
-    @property
-    def vae_factor(self) -> int:
-        return 2 ** (len(self.vae_channels) - 1)
 
     @property
     def multiple(self) -> int:
