@@ -8,6 +8,7 @@ _EXPORTS = {
     "ClearStages": "gensparse.pipelines.flux_ways",
     "FluxCustomizePipeline": "gensparse.pipelines.flux_customize",
     "FluxHighresPipeline": "gensparse.pipelines.flux_highres",
+    "MultiDiffusion": "gensparse.pipelines.multidiffusion",
     "PixArtCustomizePipeline": "gensparse.pipelines.pixart_customize",
     "PixArtHighresPipeline": "gensparse.pipelines.pixart_highres",
     "QwenImageHighresPipeline": "gensparse.pipelines.qwenimage_highres",
@@ -27,6 +28,7 @@ __all__ = [
     "ClearStages",
     "FluxCustomizePipeline",
     "FluxHighresPipeline",
+    "MultiDiffusion",
     "PixArtCustomizePipeline",
     "PixArtHighresPipeline",
     "QwenImageHighresPipeline",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from gensparse.pipelines.flux_customize import FluxCustomizePipeline
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
     from gensparse.pipelines.flux_ways import ClearStages, ScaleDiTStages
+    from gensparse.pipelines.multidiffusion import MultiDiffusion
     from gensparse.pipelines.pixart_customize import PixArtCustomizePipeline
     from gensparse.pipelines.pixart_highres import PixArtHighresPipeline
     from gensparse.pipelines.qwenimage_highres import QwenImageHighresPipeline

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from gensparse.attach import applied
-from gensparse.errors import ConfigError, unknown_name
+from gensparse.errors import ConfigError, short, unknown_name
 from gensparse.highres.stages import Stage
 from gensparse.methods import Method, as_method
 from gensparse.methods.regional import FAMILIES as REGIONAL_FAMILIES
 from gensparse.methods.subject_run import mixed
-from gensparse.pipelines.cascade import Stages
-from gensparse.subjects.areas import Mask, Region
+from gensparse.pipelines.multidiffusion import NAME as MULTIDIFFUSION
+from gensparse.pipelines.multidiffusion import MultiDiffuses, MultiDiffusion
+from gensparse.subjects.areas import Mask, Region, Regions
 from gensparse.subjects.cast import Concept, Subjects, token_places
 from gensparse.subjects.read_masks import read_mask
 from gensparse.subjects.references import Fitted, Reference, checked_references
@@ -33,29 +34,38 @@ INVERTED = ("masactrl", "style_aligned")
 MASKED = ("freecustom", "magicface", "isolation_reposition", "reference_only")
 """Methods that see nothing of a reference but what its mask keeps."""
 
-WORDED = ("regional", "consistory")
+COMPOSED = ("primecomposer",)
+"""Methods that put an object, which has a region, into a background, which has none."""
+
+DEFAULT = "freecustom"
+"""What pipelines use for subjects where nothing is said."""
+
+WORDED = ("regional", "consistory", MULTIDIFFUSION)
 """Methods that know subjects by words, without pictures of them."""
 
 ALIASES = {"isolation": "isolation_reposition"}
 REGIONAL = ("isolation_reposition",)
-UNETS = ("magicface",)
+UNETS = ("magicface", *COMPOSED)
 
 Rows = Callable[[int], torch.Tensor]
 """Number of a noise level -> latents of all references there, as the pipeline's loop holds them."""
 
 
-def subject_method(value: Method | str | Mapping[str, Any]) -> Method:
+def subject_method(value: Method | MultiDiffusion | str | Mapping[str, Any]) -> Method | MultiDiffusion:
     """The method for subjects that a text, dict or value names.
 
     Raises:
         ConfigError: none, or one that takes no subjects.
     """
-    known = (*NOISED, *INVERTED, *WORDED)
+    known = (*NOISED, *INVERTED, *COMPOSED, *WORDED)
     if isinstance(value, str):
         name, colon, rest = value.partition(":")
         value = ALIASES.get(name.strip(), name.strip()) + colon + rest
         if value.partition(":")[0] not in known:
             raise ConfigError(unknown_name("subject method", name.strip(), (*known, *ALIASES)))
+    fusion = MultiDiffusion.of(value)
+    if fusion is not None:
+        return fusion
     method = as_method(value)
     if method.name not in known:
         raise ConfigError(f"{method.name} takes no subjects; use one of {', '.join(known)}")
@@ -95,7 +105,10 @@ def check_subjects(
             f"{method.name} needs a picture of {', '.join(unseen)} (NAME=IMAGE); give one, or use regional or "
             "consistory, which take subjects by words"
         )
-    fixed = getattr(method, "fixed", None)
+    if method.name in COMPOSED and family == "UNet":
+        _check_composed(method, names, placed, words, prompts)
+        return
+    fixed = None if method.name in COMPOSED else getattr(method, "fixed", None)
     if fixed is not None and len(names) != fixed:
         what = "subject" if len(set(names)) == len(names) else "picture of a subject"
         raise ConfigError(f"{method.name} takes {fixed} {what}, and {len(names)} are given; leave the others out")
@@ -125,14 +138,16 @@ def _check_words(
             f"{method.name} takes subjects by words, and {', '.join(pictured)} has a picture; leave it out, or use "
             "freecustom or isolation"
         )
-    if method.name == "regional":
+    if method.name in ("regional", MULTIDIFFUSION):
         missing = [name for name in names if name not in placed]
-        if family not in REGIONAL_FAMILIES:
+        if method.name == "regional" and family not in REGIONAL_FAMILIES:
             raise ConfigError(
                 f"regional works on {', '.join(REGIONAL_FAMILIES)}, not on {family}; choose another model"
             )
         if missing:
-            raise ConfigError(f"regional needs to know where {', '.join(missing)} is to be; give it a box in a layout")
+            raise ConfigError(
+                f"{method.name} needs to know where {', '.join(missing)} is to be; give it a box in a layout"
+            )
         return
     if family != "UNet":
         raise ConfigError(f"{method.name} works on UNets such as SDXL, not on {family}; choose another model")
@@ -150,6 +165,26 @@ def _check_words(
         raise ConfigError(
             f"{method.name} finds subjects by their words, and fewer than two of the {len(prompts)} prompts say "
             f"{', '.join(unsaid)}; name it in them"
+        )
+
+
+def _check_composed(
+    method: Method, names: Sequence[str], placed: Sequence[str], words: str | None, prompts: Sequence[str] | None
+) -> None:
+    """`check_subjects` of a background and an object."""
+    if len(names) != 2 or len(set(names)) != 2 or len(placed) != 1:
+        raise ConfigError(
+            f"{method.name} takes two pictures, a background without a box and an object with one, and "
+            f"{len(names)} are given, {len(placed)} with a box; give both by NAME=IMAGE, the object's box in a layout"
+        )
+    if len(prompts or ()) > 1:
+        raise ConfigError(
+            f"{method.name} composes one picture in a call, and {len(prompts or ())} are asked for; call it for each"
+        )
+    if getattr(method, "confine", False) and words is not None and placed[0].lower() not in words.lower():
+        raise ConfigError(
+            f"{method.name} keeps the words {placed[0]!r} to the object's place; name it in the prompt, or set "
+            "confine=false"
         )
 
 
@@ -177,6 +212,17 @@ class Cast:
     def worded(self) -> bool:
         """Whether subjects are known by words, so that no reference stands in the batch."""
         return self.method.name in WORDED
+
+    @property
+    def composed(self) -> bool:
+        """Whether an object is put into a background."""
+        return self.method.name in COMPOSED
+
+    @property
+    def pair(self) -> tuple[Reference, Reference]:
+        """The background and the object."""
+        first, second = sorted(self.references, key=lambda item: item.region is not None)
+        return first, second
 
     def by_words(self, tokenizer: Any) -> tuple[Method, Subjects | None]:
         """The method of subjects without pictures, and what it is told about them."""
@@ -219,7 +265,7 @@ class Cast:
         return Subjects(*concepts)
 
 
-class Customizes(Stages):
+class Customizes(MultiDiffuses):
     """Mixed into a pipeline of stages, in front of it; families say how references get into a call."""
 
     _cast: Cast | None
@@ -236,8 +282,13 @@ class Customizes(Stages):
         method: Method | str | Mapping[str, Any],
         family: str,
         options: Mapping[str, Any],
+        regions: Any = None,
     ) -> Iterator[None]:
         """For the time of one call."""
+        if regions is not None:
+            with self._with_regions(Regions.of(regions), regions_method(method, subjects), options):
+                yield
+            return
         if subjects is None or (isinstance(subjects, list | tuple) and not subjects):
             yield
             return
@@ -256,6 +307,11 @@ class Customizes(Stages):
             pictured=[item.name for item in references if item.picture is not None],
             prompts=scenes,
         )
+        if isinstance(chosen, MultiDiffusion):
+            own = Regions(tuple(_region(item) for item in references))
+            with self._with_regions(own, chosen, options):
+                yield
+            return
         self._cast = Cast(references, chosen, scenes, int(getattr(chosen, "seed", 0)))
         try:
             yield
@@ -295,9 +351,25 @@ class Customizes(Stages):
 
 def _region(item: Reference) -> Region:
     """A subject by words, in its place."""
-    if isinstance(item.region, tuple):
-        return Region(item.text, box=item.region, subject=item.name)
-    return Region(item.text, mask=Mask.of(read_mask(item.region)), subject=item.name)
+    place = {"box": item.region} if isinstance(item.region, tuple) else {"mask": Mask.of(read_mask(item.region))}
+    return Region(item.text, negative=item.negative, subject=item.name, **place)
+
+
+def regions_method(method: Any, subjects: Any) -> MultiDiffusion:
+    """The method for `regions=` of a pipeline.
+
+    Raises:
+        ConfigError: another one than multidiffusion, or subjects beside regions.
+    """
+    if subjects:
+        raise ConfigError("regions= and subjects= are given; say subjects in prompts of regions, or leave one out.")
+    fusion = MultiDiffusion() if method == DEFAULT else MultiDiffusion.of(method)
+    if fusion is None:
+        raise ConfigError(
+            f"regions= are for subject_method={MULTIDIFFUSION!r}, and subject_method={short(method)} is given; use it, "
+            "or gensparse.apply(pipe, Regional(regions))."
+        )
+    return fusion
 
 
 def noise_at(clean: torch.Tensor, cast: Cast, step: int) -> torch.Tensor:

@@ -8,13 +8,16 @@ import torch
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from gensparse.errors import ConfigError
+from gensparse.errors import ConfigError, short
 from gensparse.highres.stages import Stage
 from gensparse.methods import Method
 from gensparse.pipelines.customize import Cast, joined
 from gensparse.pipelines.flow_customize import FlowCustomizes
+from gensparse.pipelines.flow_multidiffusion import FlowMultiDiffuses
 from gensparse.pipelines.flow_stages import Run, Velocity
 from gensparse.pipelines.flux_highres import Condition, FluxHighresPipeline, Prompts
+from gensparse.pipelines.multidiffusion import MultiDiffusion
+from gensparse.subjects.areas import Region
 from gensparse.subjects.references import Reference
 
 EXAMPLE_DOC_STRING = """
@@ -33,7 +36,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class FluxCustomizePipeline(FlowCustomizes, FluxHighresPipeline):
+class FluxCustomizePipeline(FlowCustomizes, FlowMultiDiffuses, FluxHighresPipeline):
     r"""
     Text and pictures of subjects to image for FLUX.1-type models, at any size.
 
@@ -48,7 +51,8 @@ class FluxCustomizePipeline(FlowCustomizes, FluxHighresPipeline):
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        regions: Any = None,
         **kwargs: Any,
     ) -> FluxPipelineOutput | tuple:
         r"""
@@ -67,6 +71,10 @@ class FluxCustomizePipeline(FlowCustomizes, FluxHighresPipeline):
                 "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
                 settings. The last two see the picture by its inversion, the others noised. For subjects by words
                 "regional", which needs regions.
+            regions (`Regions`, list, or path of a layout file, *optional*):
+                Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region
+                is a call of the model under its prompt, and `prompt` is of what no region covers. Settings are those of
+                [`MultiDiffusion`], as in `subject_method="multidiffusion:bootstrap=0.2"`.
 
         Examples:
 
@@ -76,7 +84,7 @@ class FluxCustomizePipeline(FlowCustomizes, FluxHighresPipeline):
         Raises:
             ConfigError: subjects without what the method needs, or a way or attention that leaves them no place.
         """
-        with self._with_subjects(prompt, subjects, subject_method, "FLUX.1", kwargs):
+        with self._with_subjects(prompt, subjects, subject_method, "FLUX.1", kwargs, regions):
             return super().__call__(prompt, *args, **kwargs)
 
     def _told_of(self, prompts: list[str], run: Run) -> Condition:
@@ -102,6 +110,21 @@ class FluxCustomizePipeline(FlowCustomizes, FluxHighresPipeline):
         if self._told is not None:
             prompts = _beside(self._told, prompts)
         return super()._velocity(prompts, index, stage, run)
+
+    def _bound_region(self, item: Region, bound: tuple[Prompts], run: Run) -> tuple[tuple[Prompts], Run]:
+        (prompts,) = bound
+        scale = prompts.true_cfg_scale
+        if item.negative is not None and scale <= 1:
+            raise ConfigError(
+                f"The region {short(item.prompt)} has a negative prompt, which acts by true guidance; pass a "
+                "true_cfg_scale above 1, or leave it out."
+            )
+        given = ((text, None, None, None) for text in (item.prompt, item.negative))
+        positive, negative = self._encode_prompts(*given, scale, run.batch, run.text)
+        negative = prompts.negative if negative is None else negative
+        told = {"prompt_embeds": positive.embeds}
+        own = replace(prompts, positive=positive, negative=negative)
+        return (own,), replace(run, told=told, guided=negative is not None)
 
     def _check_native(self, cast: Cast, stage: Stage, run: Run) -> None:
         if run.beside:

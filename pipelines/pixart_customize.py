@@ -8,8 +8,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
 from gensparse.methods import Method
+from gensparse.pipelines.multidiffusion import MultiDiffusion
 from gensparse.pipelines.pixart_highres import PixArtHighresPipeline
 from gensparse.pipelines.unet_customize import UNetCustomizes, told_like
+from gensparse.pipelines.unet_multidiffusion import Told, UNetMultiDiffuses
 from gensparse.pipelines.unet_stages import Conditions, Run
 from gensparse.subjects.references import Reference
 
@@ -31,7 +33,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class PixArtCustomizePipeline(UNetCustomizes, PixArtHighresPipeline):
+class PixArtCustomizePipeline(UNetCustomizes, UNetMultiDiffuses, PixArtHighresPipeline):
     r"""
     Text and pictures of subjects to image for PixArt-Sigma and PixArt-alpha, at any size in multiples of 16 pixels.
 
@@ -48,7 +50,8 @@ class PixArtCustomizePipeline(UNetCustomizes, PixArtHighresPipeline):
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        regions: Any = None,
         **kwargs: Any,
     ) -> ImagePipelineOutput | tuple:
         r"""
@@ -66,6 +69,10 @@ class PixArtCustomizePipeline(UNetCustomizes, PixArtHighresPipeline):
             subject_method (`str` or `Method`, defaults to `"freecustom"`):
                 "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
                 settings. The last two see the picture by its inversion, the others noised.
+            regions (`Regions`, list, or path of a layout file, *optional*):
+                Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region
+                is a call of the model under its prompt, and `prompt` is of what no region covers. Settings are those of
+                [`MultiDiffusion`], as in `subject_method="multidiffusion:bootstrap=0.2"`.
 
         Examples:
 
@@ -75,10 +82,15 @@ class PixArtCustomizePipeline(UNetCustomizes, PixArtHighresPipeline):
         Raises:
             ConfigError: subjects without what the method needs, or a way or attention that leaves them no place.
         """
-        with self._with_subjects(prompt, subjects, subject_method, "PixArt", kwargs):
+        with self._with_subjects(prompt, subjects, subject_method, "PixArt", kwargs, regions):
             return super().__call__(prompt, *args, **kwargs)
 
     def _told(self, prompts: list[str], like: Conditions, run: Run) -> Conditions:
         texts = run.prompts.encode(prompts)
         halves = 2 if self.do_classifier_free_guidance else 1
         return told_like(texts.embeds.to(like.embeds), None, like, halves, texts.mask)
+
+    def _told_region(self, prompt: str, negative: str | None, run: Run) -> tuple[Told, Told | None]:
+        texts = [prompt] if negative is None else [prompt, negative]
+        found = [Told(embeds, mask=mask) for embeds, mask in (run.prompts.encode([text]) for text in texts)]
+        return found[0], found[1] if negative is not None else None

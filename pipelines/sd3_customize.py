@@ -8,13 +8,16 @@ import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from gensparse.errors import ConfigError
+from gensparse.errors import ConfigError, short
 from gensparse.highres.stages import Stage
 from gensparse.methods import Method
 from gensparse.pipelines.customize import Cast, joined
 from gensparse.pipelines.flow_customize import FlowCustomizes
+from gensparse.pipelines.flow_multidiffusion import FlowMultiDiffuses
 from gensparse.pipelines.flow_stages import Run, Velocity
+from gensparse.pipelines.multidiffusion import MultiDiffusion
 from gensparse.pipelines.sd3_highres import SD3HighresPipeline, SkippedLayers
+from gensparse.subjects.areas import Region
 from gensparse.subjects.references import Reference
 
 EXAMPLE_DOC_STRING = """
@@ -44,7 +47,7 @@ class Told:
     alone: bool = False
 
 
-class SD3CustomizePipeline(FlowCustomizes, SD3HighresPipeline):
+class SD3CustomizePipeline(FlowCustomizes, FlowMultiDiffuses, SD3HighresPipeline):
     r"""
     Text and pictures of subjects to image for Stable Diffusion 3 and 3.5, at any size.
 
@@ -62,7 +65,8 @@ class SD3CustomizePipeline(FlowCustomizes, SD3HighresPipeline):
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        regions: Any = None,
         **kwargs: Any,
     ) -> StableDiffusion3PipelineOutput | tuple:
         r"""
@@ -81,6 +85,10 @@ class SD3CustomizePipeline(FlowCustomizes, SD3HighresPipeline):
                 "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
                 settings. The last two see the picture by its inversion, the others noised. For subjects by words
                 "regional", which needs regions.
+            regions (`Regions`, list, or path of a layout file, *optional*):
+                Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region
+                is a call of the model under its prompt, and `prompt` is of what no region covers. Settings are those of
+                [`MultiDiffusion`], as in `subject_method="multidiffusion:bootstrap=0.2"`.
 
         Examples:
 
@@ -90,27 +98,59 @@ class SD3CustomizePipeline(FlowCustomizes, SD3HighresPipeline):
         Raises:
             ConfigError: subjects without what the method needs, or a way or attention that leaves them no place.
         """
-        with self._with_subjects(prompt, subjects, subject_method, "Stable Diffusion 3", kwargs):
+        with self._with_subjects(prompt, subjects, subject_method, "Stable Diffusion 3", kwargs, regions):
             return super().__call__(prompt, *args, **kwargs)
 
     def _told_of(self, prompts: list[str], run: Run) -> Told:
+        embeds, _, pooled, _ = self._encoded(prompts, None, run)
+        return Told(embeds.to(run.told["prompt_embeds"]), pooled.to(run.told["pooled_prompt_embeds"]))
+
+    def _encoded(self, prompts: str | list[str], negative: str | None, run: Run, count: int = 1) -> tuple[Any, ...]:
+        """What `encode_prompt` gives, in as many tokens as the call's prompt has; a negative half where it is given.
+
+        Raises:
+            ConfigError: embeddings of the call that have fewer tokens than prompts have.
+        """
         tokens = run.text - self.tokenizer_max_length  # those of the third encoder, behind CLIP's
         if tokens < 1:
             raise ConfigError(
-                f"The prompt's embeddings have {run.text} tokens, and prompts of subjects take more than "
+                f"The prompt's embeddings have {run.text} tokens, and prompts of subjects and regions take more than "
                 f"{self.tokenizer_max_length}; pass prompt= in place of prompt_embeds."
             )
-        embeds, _, pooled, _ = self.encode_prompt(
+        return self.encode_prompt(
             prompt=prompts,
             prompt_2=None,
             prompt_3=None,
+            negative_prompt=negative,
             device=run.device,
-            do_classifier_free_guidance=False,
+            num_images_per_prompt=count,
+            do_classifier_free_guidance=negative is not None,
             clip_skip=self.clip_skip,
             max_sequence_length=tokens,
             lora_scale=(self.joint_attention_kwargs or {}).get("scale"),
         )
-        return Told(embeds.to(run.told["prompt_embeds"]), pooled.to(run.told["pooled_prompt_embeds"]))
+
+    def _bound_region(self, item: Region, bound: tuple[Any, ...], run: Run) -> tuple[tuple[Any, ...], Run]:
+        guidance_scale, skipped, images = bound
+        if item.negative is not None and not run.guided:
+            raise ConfigError(
+                f"The region {short(item.prompt)} has a negative prompt, which acts by guidance; pass a guidance_scale "
+                "above 1, or leave it out."
+            )
+        embeds, other, pooled, other_pooled = self._encoded(item.prompt, item.negative, run, run.batch)
+
+        def halves(name: str, own: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+            if not run.guided:
+                return own
+            return torch.cat([run.given[name].chunk(2)[0] if negative is None else negative, own])
+
+        told = {
+            "prompt_embeds": halves("prompt_embeds", embeds, other),
+            "pooled_prompt_embeds": halves("pooled_prompt_embeds", pooled, other_pooled),
+        }
+        if skipped is not None:
+            skipped = replace(skipped, embeds=embeds, pooled=pooled)
+        return (guidance_scale, skipped, images), replace(run, told=told)
 
     def _told_beside(self, told: Told, run: Run) -> dict[str, torch.Tensor]:
         given = {"prompt_embeds": told.embeds, "pooled_prompt_embeds": told.pooled}

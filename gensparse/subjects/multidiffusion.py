@@ -1,7 +1,7 @@
 """MultiDiffusion with regions (2302.08113): every view is denoised under every prompt, and masks fuse the results.
 
-One model call per prompt and view, so it is slow, and it works with any model. Schedulers must have no memory, such as
-DDIM or Euler.
+One model call per prompt and view, so it is slow, and it works with any model. Where results of scheduler steps are
+fused, schedulers must have no memory, such as DDIM or Euler; predictions may be fused with any.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,11 +46,15 @@ def fused(denoised: Callable[[int, int], Tensor], views: Sequence[View], masks: 
     """One step of all views and prompts as one: the mean, weighted by masks; 0 where no mask is.
 
     Args:
-        denoised: (number of a view, number of a prompt) -> what the scheduler made of that view, [B, C, h, w].
+        denoised: (number of a view, number of a prompt) -> what the scheduler made of that view, [B, C, h, w]. It is
+            not asked where the mask of a prompt is empty in a view.
         views: of `views_of`; masks: [P, 1, H, W].
 
     Returns:
         float32 [B, C, H, W], and the count it was divided by, [1, 1, H, W].
+
+    Raises:
+        ConfigError: no views, or masks that are empty in all of them.
     """
     if not views:
         raise ConfigError("There are no views to fuse; pass those of views_of().")
@@ -58,12 +62,15 @@ def fused(denoised: Callable[[int, int], Tensor], views: Sequence[View], masks: 
     count = masks.new_zeros(1, 1, *masks.shape[-2:], dtype=torch.float32)
     for number, (h0, h1, w0, w1) in enumerate(views):
         for prompt, mask in enumerate(masks[..., h0:h1, w0:w1].float()):
+            if not bool(mask.any()):
+                continue
             part = denoised(number, prompt).float()
             if value is None:
                 value = part.new_zeros(*part.shape[:2], *masks.shape[-2:])
             value[..., h0:h1, w0:w1] += part * mask
             count[..., h0:h1, w0:w1] += mask
-    assert value is not None
+    if value is None:
+        raise ConfigError("The masks are empty in every view; pass the background's mask as well (latent_masks).")
     return torch.where(count > 0, value / count.clamp(min=1e-12), value), count
 
 
@@ -74,8 +81,13 @@ def bootstrapped(latents: Tensor, masks: Tensor, colour: Tensor) -> Tensor:
         latents: [P, C, h, w], one row per prompt, the background's first, which is kept.
         masks: [P, 1, h, w]; colour: noised latents [1 or P - 1, C, h, w] of a picture of one colour.
     """
-    inside = masks[1:].to(latents)
-    return torch.cat([latents[:1], latents[1:] * inside + colour.to(latents) * (1 - inside)])
+    return torch.cat([latents[:1], coloured(latents[1:], masks[1:], colour)])
+
+
+def coloured(latents: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
+    """Latents [..., C, h, w] inside of a mask [..., 1, h, w] of 0 and 1, and `colour` outside of it."""
+    inside = mask.to(latents)
+    return latents * inside + colour.to(latents) * (1 - inside)
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

@@ -28,6 +28,7 @@ class Reference:
         region: where it is to be: (left, top, right, bottom) in shares of width and height, or a mask; None where the
             method finds that out or needs none.
         prompt: of its pictures, or of its region; by default the name.
+        negative: what is not to be in its region, for methods that know subjects by words; by default that of the call.
 
     Raises:
         ConfigError: a name or prompt that is no text, a box that is empty or outside of the picture, no picture in a
@@ -39,18 +40,26 @@ class Reference:
     mask: Any = None
     region: Any = None
     prompt: str | None = None
+    negative: str | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name.strip()):
             raise ConfigError(f"Reference name={self.name!r} is not allowed; pass a name.")
-        if not (self.prompt is None or isinstance(self.prompt, str)):
-            raise ConfigError(f"The prompt of {self.name!r} is {short(self.prompt)}; pass text, or leave it out.")
+        for name in ("prompt", "negative"):
+            if not (getattr(self, name) is None or isinstance(getattr(self, name), str)):
+                raise ConfigError(
+                    f"The {name} of {self.name!r} is {short(getattr(self, name))}; pass text, or leave it out."
+                )
         if isinstance(self.region, list | tuple):
             object.__setattr__(self, "region", checked_box(self.name, self.region))
         if isinstance(self.picture, list | tuple):
             self._check_list()
         elif isinstance(self.mask, list | tuple):
             object.__setattr__(self, "mask", checked_box(self.name, self.mask))
+        if self.picture is not None and self.negative is not None:
+            raise ConfigError(
+                f"{self.name!r} has a picture and a negative prompt, which is for subjects by words; leave one out."
+            )
         if self.picture is None and self.mask is not None:
             raise ConfigError(f"{self.name!r} has a mask and no picture; pass the picture it belongs to.")
 
