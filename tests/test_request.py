@@ -16,6 +16,7 @@ from gensparse.request import (
     parse_size,
     request_from_dict,
 )
+from gensparse.subjects.naming import Shown, parse_subject, subject_text
 
 BASE = (256, 256)
 
@@ -178,3 +179,11 @@ def test_hub_ids_stay_in_the_portable_dict() -> None:
 def test_import_is_light() -> None:
     code = "import sys, gensparse.request; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("folder", ["out", "me@home", "a, b", "x=y", "me@home,@work"])
+@pytest.mark.parametrize("mask", [None, "mask.png", "0.1:0.2:0.5:1"])
+def test_subjects_keep_files_in_folders_of_any_name(folder: str, mask: str | None) -> None:
+    kept = mask if mask is None or ":" in mask else f"/{folder}/{mask}"
+    shown = (Shown(f"/{folder}/cat.png", kept), Shown(f"/{folder}/two@.png"))
+    assert parse_subject(subject_text("cat", shown)) == ("cat", shown)

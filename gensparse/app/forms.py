@@ -39,7 +39,18 @@ FILLED = {**FIELDS, CustomizeRequest.kind: (*FIELDS[CustomizeRequest.kind], "sub
 LOCAL_FIELDS = ("lora",)
 """What only the person at this machine may decide: it names files."""
 
-REFUSED = ("token", "trust_remote_code", "output", "output_dir", "device", "revision", "variant", "max_vram", "image")
+REFUSED = (
+    "token",
+    "trust_remote_code",
+    "output",
+    "output_dir",
+    "device",
+    "revision",
+    "variant",
+    "max_vram",
+    "image",
+    "mask",
+)
 """What nobody decides through the page."""
 
 
@@ -178,12 +189,14 @@ def _attention(value: object, settings: Settings) -> str:
 
 def _subject_method(value: object, settings: Settings) -> str:
     """A method for subjects, without files on a shared server; whether there is one of that name, planning says."""
+    from gensparse.methods import METHODS
     from gensparse.pipelines.customize import ALIASES
 
     text = checked_text("subject_method", value, settings.limits.attention).strip()
     name, colon, rest = text.partition(":")
-    if settings.shared:
-        _refuse_files("subject_method", ALIASES.get(name, name) + colon + rest)
+    name = ALIASES.get(name.strip(), name.strip())
+    if settings.shared and name in METHODS:
+        _refuse_files("subject_method", name + colon + rest)
     return text
 
 

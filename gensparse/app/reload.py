@@ -158,7 +158,7 @@ def _sorted(
 def _names(subjects: Any) -> list[str]:
     """The names of subjects without their files; none of what is no list of subjects."""
     try:
-        return [parse_subject(text)[0] for text in subjects]
+        return list(CustomizeRequest(subject=[parse_subject(text)[0] for text in subjects]).subject)
     except (ConfigError, AttributeError, TypeError):
         return []
 

@@ -82,8 +82,8 @@ _SUBJECT = "NAME=IMAGE, NAME=IMAGE@MASK, several of these joined by commas, or N
 def parse_subject(text: str) -> tuple[str, tuple[Shown, ...]]:
     """The name of a subject and its pictures, from NAME=IMAGE[@MASK][,IMAGE[@MASK]...]; none of NAME alone.
 
-    The last @ of a picture parts its mask; nothing behind it is no mask, for files with @ in their name. A comma in the
-    name of a file is written twice.
+    The last @ of a picture parts its mask; nothing behind it is no mask. A comma in the name of a file is written
+    twice, and so is an @ that parts nothing.
 
     Raises:
         ConfigError: text of another form, too many pictures, or a box that is no mask.
@@ -92,7 +92,9 @@ def parse_subject(text: str) -> tuple[str, tuple[Shown, ...]]:
     items = [part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", files)] if equals else []
     shown = []
     for item in items:
-        image, _, mask = item.rpartition("@") if "@" in item else (item, "", "")
+        parts = re.split(r"(?<!@)@(?!@)", item)
+        files_of = ("@".join(parts[:-1]), parts[-1]) if len(parts) > 1 else (item, "")
+        image, mask = (part.replace("@@", "@") for part in files_of)
         if not image:
             raise ConfigError(f"subject {short(text)} is not {_SUBJECT}; write cat=cat.png@cat_mask.png")
         mask_box(mask)
@@ -106,8 +108,8 @@ def subject_text(name: str, shown: Sequence[Shown]) -> str:
     """What `parse_subject` reads back."""
     parts = []
     for image, mask in shown:
-        at = f"@{mask}" if mask is not None else "@" if "@" in image else ""
-        parts.append(f"{image}{at}".replace(",", ",,"))
+        files = [file.replace("@", "@@").replace(",", ",,") for file in (image, mask) if file is not None]
+        parts.append("@".join(files))
     return f"{name}={','.join(parts)}" if parts else name
 
 

@@ -107,6 +107,10 @@ class Visitor:
             {"faithful": False, **fields},
         )
 
+    def customize(self, subjects: Any, subject_method: str = "freecustom", prompt: str = "a circle and a star") -> dict:
+        fields = ["64x64", "embedded", "auto", 2, None, 1, 1, "", "auto", 0, None]
+        return self.call("customize", prompt, subjects, subject_method, *fields)
+
     def estimate(self, size: str = "2x", attention: str = "auto", image: Any = None) -> dict[str, Any]:
         fields = [None, None, 1, "auto", image, 0.3, None]
         return self.call("estimate", "a star", size, "embedded", attention, *fields)
@@ -221,7 +225,7 @@ def test_the_page_loads_nothing_from_other_hosts(visitor: Visitor) -> None:
     for name in ("/gradio_api/info", "/config"):
         assert visitor.http.get(name).status_code == 200
     named = visitor.http.get("/gradio_api/info").json()["named_endpoints"]
-    assert {"/generate", "/upscale", "/status", "/cancel", "/estimate"} <= set(named)
+    assert {"/generate", "/upscale", "/customize", "/status", "/cancel", "/estimate"} <= set(named)
 
 
 def press(visitor: Visitor, name: str, **values: Any) -> list[Any]:
@@ -306,13 +310,46 @@ def test_the_python_client_can_use_the_endpoints(server: Running, tmp_path: Path
         Image.linear_gradient("L").resize((48, 32)).convert("RGB").save(path)
         cost = client.predict(image=handle_file(path), size="96x64", api_name="/estimate")
         assert cost["stages"][-1]["width"] == 96
-        job = client.predict(prompt="a star", size="64x64", steps=1, api_name="/generate")["job"]
+        cat = {"name": "cat", "image": handle_file(path), "mask": "0:0:0.5:1", "box": [0, 0, 0.5, 1]}
+        fields = {"prompt": "a cat", "subjects": [cat], "size": "64x64", "steps": 1}
+        assert client.predict(**fields, api_name="/estimate")["request"]["kind"] == "customize"
+        job = client.predict(**fields, api_name="/customize")["job"]
         deadline = time.monotonic() + SOON
         while client.predict(job=job, api_name="/status")["state"] != "done":
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
         client.close()
+
+
+def test_pictures_with_subjects_from_uploads_to_file(server: Running, visitor: Visitor) -> None:
+    circle = {
+        "name": "circle",
+        "image": visitor.upload("a.jpg", rotated()),
+        "mask": "32x48:0,500,1036",
+        "box": [0, 0, 0.5, 1],
+    }
+    star = {"name": "star", "image": visitor.upload("a.jpg", png(gradient("RGBA"))), "box": "0.5, 0, 1, 1"}
+    job = visitor.customize([circle, star], subject_method="isolation")["job"]
+    seen = visitor.ended(job)
+    assert seen["state"] == "done", seen
+    assert seen["kind"] == "customize"
+    assert any("subjects" in stage for stage in seen["report"]["attention"]["stages"])
+    got = visitor.http.get(seen["outputs"][0]["url"])
+    (server.folder / "subjects.png").write_bytes(got.content)
+    metadata = read_metadata(server.folder / "subjects.png")
+    assert metadata["request"]["subject"] == ["circle=1-circle.jpg@1-circle-mask.png", "star=2-star.jpg"]
+    assert {"picture", "mask"} == set(metadata["subjects_sha256"]["circle"])
+    assert str(server.folder) not in json.dumps(metadata)
+    with pytest.raises(RuntimeError, match="needs to know where star is to be"):
+        visitor.customize([circle, {**star, "box": None}], subject_method="isolation")
+    with pytest.raises(RuntimeError, match="subject 1 has a picture and no name"):
+        visitor.customize([{"image": circle["image"]}])
+    with pytest.raises(RuntimeError, match=r"upload|fetch"):
+        visitor.customize([{"name": "star", "image": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}])
+    own = Visitor(server.url)
+    with pytest.raises(RuntimeError, match="upload it again"):
+        own.customize([star])
 
 
 # ----------------------------------------------------------------------------------------- 28: pictures of strangers
