@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from gensparse import __version__
@@ -52,11 +52,20 @@ class Picture:
     bits: int  # 8 or 16, of the file
     sha256: str
     warnings: tuple[str, ...] = ()
+    mask: "Mask | None" = None  # of what may change
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.image.height, self.image.width
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A decoded mask of any size: 255 marks what may change, 0 what stays."""
+
+    image: Image.Image  # mode L
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,20 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     if bits == 16:
         notes.append("16-bit picture: computed from its upper 8 bits, the result has 8 bits per channel")
     return Picture(rgb, alpha, profile, bits, digest, tuple(notes))
+
+
+def read_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Mask:
+    """Read an untrusted mask: white marks, black and what is transparent does not.
+
+    Raises ConfigError as `read_image` does, and for a mask that marks nothing.
+    """
+    picture = read_image(path, max_pixels=max_pixels)
+    levels = picture.image.convert("L")
+    if picture.alpha is not None:
+        levels = ImageChops.multiply(levels, picture.alpha)
+    if levels.getextrema()[1] == 0:
+        raise ConfigError(f"mask {_name(path)} marks nothing, it is black everywhere; paint white what may change")
+    return Mask(levels, picture.sha256)
 
 
 def check_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> None:
@@ -273,7 +296,7 @@ def metadata_text(metadata: Mapping[str, Any]) -> str:
 
 def without_prompt(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The same metadata with all prompts removed from the request."""
-    prompts = ("prompt", "negative_prompt", "regions")
+    prompts = ("prompt", "negative_prompt", "regions", "subject_prompt", "more_prompts")
     request = {k: v for k, v in metadata.get("request", {}).items() if k not in prompts}
     return {**metadata, "request": request, "prompt_omitted": "asked"}
 

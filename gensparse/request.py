@@ -277,10 +277,13 @@ class UpscaleRequest(Request):
     image: str = ""
     strength: float = 0.3  # share of the noise range that is redone: 0 keeps the picture, 1 starts from noise
     faithful: bool = True  # correct the result until it shrinks to the given picture
+    mask: str | None = None  # a picture whose white marks what may change; the rest is enlarged plainly
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_word("image", self.image)
+        if self.mask is not None:
+            _check_word("mask", self.mask)
         _check_bool("faithful", self.faithful)
         _check_float("strength", self.strength, 0.0, 1.0)
 
@@ -442,8 +445,8 @@ def file_name(path: str) -> str:
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Keep hub ids and aliases, but only the file name of anything that is a path."""
     out = dict(values)
-    for name in ("model", "image"):
-        if isinstance(out.get(name), str) and _is_path(out[name]):
+    for name in ("model", "image", "mask"):
+        if isinstance(out.get(name), str) and (name != "model" or _is_path(out[name])):
             out[name] = file_name(out[name])
     out["lora"] = [file_name(item) if _is_path(item) else item for item in out.get("lora", [])]
     if "subject" in out:

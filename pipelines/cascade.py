@@ -5,7 +5,7 @@ stays in the pipeline's own file.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from gensparse.errors import ConfigError, NumericsError
 from gensparse.highres import resample, vae_tiles
 from gensparse.highres.faithful import keep_to
 from gensparse.highres.frequency import Motion, guided_velocity
+from gensparse.highres.marked import free_cells
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size, steps_within
 from gensparse.highres.tiling import Tiling, choose_tiling, parse_tiling
 from gensparse.methods import Method, as_method
@@ -94,6 +95,8 @@ class Stages:
         self._stage_size = (0, 0)  # (height, width) in pixels of the stage that runs
         self._decoded = None
         self._source: np.ndarray | None = None  # the picture that results are kept to
+        self._free: torch.Tensor | None = None  # [H, W] above 0 where a given picture may change
+        self._cells: torch.Tensor | None = None  # the same for the latents of the stage
 
     @contextmanager
     def kept_to(self, image: Image.Image) -> Iterator[None]:
@@ -106,6 +109,28 @@ class Stages:
             yield
         finally:
             self._source = None
+
+    @contextmanager
+    def changing_only(self, mask: np.ndarray) -> Iterator[None]:
+        """Draw a given picture anew only where `mask` uint8 [H, W] is above 0; H and W are those of the last stage.
+
+        Latent cells without any such pixel are led along the noised enlargement of the picture, so that what is drawn
+        fits to what stays. The decoder sees beyond cells: join the picture with its plain enlargement afterwards
+        (`gensparse.highres.marked`).
+        """
+        self._free, self._cells = torch.from_numpy(np.array(mask)), None
+        try:
+            yield
+        finally:
+            self._free = self._cells = None
+
+    def _pinned(self, z: torch.Tensor, outside: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Latents [B, C, h, w] after a step, those that stay taken from `outside`."""
+        if self._free is None:
+            return z
+        if self._cells is None or self._cells.shape[-2:] != z.shape[-2:]:
+            self._cells = free_cells(self._free, (z.shape[-2], z.shape[-1]))
+        return torch.where(self._cells.to(z.device), z, outside().to(z))
 
     @property
     def stage(self) -> int:

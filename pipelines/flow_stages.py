@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -434,11 +435,8 @@ class FlowStages(Stages):
         """
         history: dict[int, torch.Tensor] = {}
         timesteps, first = run.make_scheduler().timesteps, run.steps - stage.steps
-        z = (
-            torch.lerp(guide.encoded, self._unpack(noise, stage).float(), run.sigmas[first])
-            if stage.steps
-            else guide.encoded
-        )
+        drawn = self._unpack(noise, stage).float()
+        z = torch.lerp(guide.encoded, drawn, run.sigmas[first]) if stage.steps else guide.encoded
         half = self._patch // 2
         pads = (1, 0) if stage.patch_shift and half else (0,)
         lead, velocity_of = Lead(stage, guide), run.velocity(index, stage, run)
@@ -460,6 +458,7 @@ class FlowStages(Stages):
                 velocity = lead(z, velocity, sigma, i, step)
                 before = (z, sigma, velocity)
                 z = z + (sigma_next - sigma) * velocity
+                z = self._pinned(z, partial(torch.lerp, guide.encoded, drawn, sigma_next))
                 z = self._end_step(index, i, t, z, before, run, stage)
                 bar.update()
         return self._pack(z).to(run.dtype), history

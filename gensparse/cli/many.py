@@ -56,6 +56,8 @@ def upscale_all(inputs: Sequence[Path], flags: Mapping[str, Any], prompt: str | 
         if not path.is_dir():
             image_io.check_image(path)
     first = upscale_request(flags, prompt, jobs[0].source)
+    if first.mask is not None:
+        image_io.check_image(first.mask)
     if "from_file" in flags:
         warn_of_differences(flags["from_file"], first)
     single = len(inputs) == 1 and not inputs[0].is_dir()
@@ -160,7 +162,7 @@ class _Run:
         count = max(len(request.seed), request.num_images)
         overwrite = bool(self.flags.get("overwrite", False))
         own = target.named(job.name, self.flags.get("image_format"), count)
-        key = job_key(request, _digest(job.source))
+        key = job_key(request, _digest(job.source), request.mask and _digest(Path(request.mask)))
         if not overwrite and all(path.exists() for path in own.paths):
             if all(_is_result(path, key) for path in own.paths):
                 return Outcome(job, "skipped", [str(path) for path in own.paths])

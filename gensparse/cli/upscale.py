@@ -30,6 +30,15 @@ def upscale(
             show_default=False,
         ),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            "--mask",
+            help="A picture of any size: only where it is white does the model change anything",
+            rich_help_panel=REQUEST,
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="What the picture shows; optional", rich_help_panel=REQUEST)
     ] = None,
@@ -52,5 +61,5 @@ def upscale(
         raise ConfigError("--by and --size are both given; use one of them")
     if by is not None:
         flags["size"] = by if by.lower().endswith("x") else f"{by}x"
-    own = {"strength": strength, "faithful": faithful}
+    own = {"strength": strength, "faithful": faithful, "mask": None if mask is None else str(mask)}
     upscale_all(inputs, flags | {name: value for name, value in own.items() if value is not None}, prompt)

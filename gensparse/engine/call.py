@@ -82,13 +82,48 @@ def finish_picture(image: "Image.Image", source: Picture | None, resolved: Resol
 
     if image.size != (resolved.width, resolved.height):
         image = image.crop((0, 0, resolved.width, resolved.height))
-    if source is not None and isinstance(resolved.request, UpscaleRequest) and resolved.request.faithful:
+    faithful = isinstance(resolved.request, UpscaleRequest) and resolved.request.faithful
+    if source is not None and faithful:
         image = _faithful(image, source.image)
+    if source is not None and source.mask is not None:
+        image = _marked(image, source, faithful=faithful)
     if source is not None and source.icc_profile:
         image.info["icc_profile"] = source.icc_profile
     if source is not None and source.alpha is not None:
         image.putalpha(source.alpha.resize(image.size, Image.Resampling.LANCZOS))
     return image
+
+
+def result_mask(source: Picture, size: tuple[int, int]) -> Any:
+    """The picture's mask at the size (height, width) of the result, see `gensparse.highres.marked.soft_mask`."""
+    import numpy as np
+
+    from gensparse.highres.marked import soft_mask
+
+    assert source.mask is not None
+    return soft_mask(np.asarray(source.mask.image), size, source.size)
+
+
+def padded_mask(source: Picture, resolved: Resolved) -> Any:
+    """The same, its last row and column repeated over what the pipeline makes beyond the result."""
+    import numpy as np
+
+    mask, (height, width) = result_mask(source, (resolved.height, resolved.width)), padded_size(resolved)
+    return np.pad(mask, ((0, height - resolved.height), (0, width - resolved.width)), mode="edge")
+
+
+def _marked(image: "Image.Image", source: Picture, *, faithful: bool) -> "Image.Image":
+    """The picture where the mask of its source marks it, and the plain enlargement of the source elsewhere."""
+    import numpy as np
+    from PIL import Image
+
+    from gensparse.highres.marked import blended, plain_enlargement
+
+    size = (image.height, image.width)
+    plain = plain_enlargement(np.asarray(source.image), size)
+    if faithful:
+        plain = np.asarray(_faithful(Image.fromarray(plain), source.image))
+    return Image.fromarray(blended(np.asarray(image), plain, result_mask(source, size)))
 
 
 def _faithful(image: "Image.Image", source: "Image.Image") -> "Image.Image":

@@ -46,6 +46,8 @@ def build_metadata(
     }
     if source is not None:
         out["source_sha256"] = source.sha256
+        if source.mask is not None:
+            out["mask_sha256"] = source.mask.sha256
     files = {name: facts for name, facts in (subjects or {}).items() if facts}
     if files:
         out["subjects_sha256"] = files
@@ -54,13 +56,14 @@ def build_metadata(
     return out
 
 
-def job_key(request: Request, source_sha256: str | None = None) -> str:
+def job_key(request: Request, source_sha256: str | None = None, mask_sha256: str | None = None) -> str:
     """sha256 of what was asked for: equal keys ask for the same picture, of whatever name, on whatever machine.
 
     Seeds that were left open stay open, so that the same command finds what it made before.
     """
-    same = request.replace(image="-") if isinstance(request, UpscaleRequest) else request
-    return hashlib.sha256(f"{same.key()} {source_sha256}".encode()).hexdigest()
+    same = request.replace(image="-", mask=None) if isinstance(request, UpscaleRequest) else request
+    files = f"{source_sha256} {mask_sha256}" if mask_sha256 else source_sha256
+    return hashlib.sha256(f"{same.key()} {files}".encode()).hexdigest()
 
 
 def word_warnings(ref: ModelRef, request: Request) -> list[str]:
@@ -100,6 +103,8 @@ def reproduction_warnings(metadata: Mapping[str, Any]) -> list[str]:
     for name in now if isinstance(then, Mapping) else ():
         if isinstance(then.get(name), str) and then[name] != now[name]:
             out.append(f"made with {name} {then[name][:20]}, here is {now[name]}: bits may differ")
+    if "mask_sha256" in metadata:
+        out.append("made with a mask, which a picture does not hold: give it again by --mask")
     run = metadata.get("run")
     threads = run.get("threads") if isinstance(run, Mapping) else None
     if isinstance(threads, int) and threads != torch.get_num_threads():

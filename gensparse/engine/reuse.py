@@ -8,7 +8,17 @@ from gensparse.errors import ConfigError
 from gensparse.models import looks_like_path
 from gensparse.request import CustomizeRequest, UpscaleRequest, request_from_dict
 
-UNTRUSTED = ("trust_remote_code", "device", "offload", "max_vram", "local_files_only", "token", "image", "subject")
+UNTRUSTED = (
+    "trust_remote_code",
+    "device",
+    "offload",
+    "max_vram",
+    "local_files_only",
+    "token",
+    "image",
+    "mask",
+    "subject",
+)
 """Fields of a request that a stranger's file may not decide: they name this machine, its files or its secrets."""
 
 FILES_OF_METHODS = ("weights", "profile", "regions", "mask")

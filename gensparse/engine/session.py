@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gensparse import image_io
-from gensparse.engine.call import call_arguments, finish_picture, padded_source, vae_tile
+from gensparse.engine.call import call_arguments, finish_picture, padded_mask, padded_source, vae_tile
 from gensparse.engine.ladder import OFFLOADS
 from gensparse.engine.loading import check_lora, denoiser_of, load_pipeline
 from gensparse.engine.machine import is_out_of_memory, peak_memory, return_memory, versions
@@ -226,6 +226,7 @@ class _Job:
             self._chunks(pipe),
             self._halves(pipe, arguments),
             self._kept(pipe, arguments),
+            self._marked(pipe),
         ):
             watch.guard = guard
             try:
@@ -266,6 +267,12 @@ class _Job:
         if not (isinstance(request, UpscaleRequest) and request.faithful and "image" in arguments):
             return contextlib.nullcontext()
         return pipe.kept_to(arguments["image"])
+
+    def _marked(self, pipe: Any) -> contextlib.AbstractContextManager[Any]:
+        """Only what the given picture's mask marks is drawn anew."""
+        if self.source is None or self.source.mask is None:
+            return contextlib.nullcontext()
+        return pipe.changing_only(padded_mask(self.source, self.resolved))
 
     def _halves(self, pipe: Any, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
         """Both halves of the guidance one by one, where they are a batch, there is guidance and memory is short."""
@@ -411,7 +418,7 @@ class Runner:
 
         Raises the error classes of `gensparse.errors`; WontFitError before any weight is loaded.
         """
-        picture = image_io.read_image(request.image) if isinstance(request, UpscaleRequest) else None
+        picture = read_source(request)
         cast = read_cast(request)
         check_lora(request.lora)
         known = registered(request.model)
@@ -455,6 +462,21 @@ class Runner:
             self._key = key
             self._session = Session(ref, **facts, loader=self._loader)
         return self._session
+
+
+def read_source(request: Request) -> Picture | None:
+    """The picture that a request enlarges, with its mask; None for other requests. Raises ConfigError."""
+    if not isinstance(request, UpscaleRequest):
+        return None
+    picture = image_io.read_image(request.image)
+    if request.mask is None:
+        return picture
+    mask = image_io.read_mask(request.mask)
+    (height, width), (down, across) = picture.size, (mask.image.height, mask.image.width)
+    notes = picture.warnings
+    if abs(across * height / (down * width) - 1) > 1 / min(height, width, down, across) + 0.005:
+        notes += (f"the mask of {across}x{down} is stretched over the picture of {width}x{height}",)
+    return replace(picture, mask=mask, warnings=notes)
 
 
 def execute(

@@ -109,12 +109,13 @@ def stage_key(
     import torch
 
     data = request.replace(size=None).to_dict()
-    for name in request.machine_fields | request.piece_fields | {"round", "image", "subject"}:
+    for name in request.machine_fields | request.piece_fields | {"round", "image", "mask", "subject"}:
         data.pop(name, None)
     if request.highres in _SAME_NATIVE:
         data.pop("highres")
     data |= {"device": resolved.device, "threads": torch.get_num_threads(), "versions": versions()}
     data["source"] = source.sha256 if source else None
+    data["mask"] = source.mask.sha256 if source and source.mask else None
     if subjects is not None:  # by their bytes and their order, not by their files' names
         data["subjects"] = list(subjects.items())
     data["size"] = resolved.request.size if source else None
