@@ -267,7 +267,7 @@ class Maker:
             height=side,
             width=side,
             generator=[torch.Generator().manual_seed(item.prompt.seed) for item in batch],
-            **{guidance_of(self.options): self.options.guidance},
+            **{guidance_of(self.options.model): self.options.guidance},
             **arguments,
         ).images
         self.seconds |= {item.key: round((time.time() - start) / len(batch), 2) for item in batch}
@@ -279,27 +279,27 @@ def load_pipeline(options: Options) -> Any:
     from gensparse.embedded import embedded_path, load_folder
     from gensparse.pipelines import highres_class
 
-    stock = load_folder(_folder(options) or embedded_path(), getattr(torch, options.dtype))
+    stock = load_folder(folder_of(options.model) or embedded_path(), getattr(torch, options.dtype))
     pipe = highres_class(stock).from_pipe(stock).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def guidance_of(options: Options) -> str:
+def guidance_of(model: str | None) -> str:
     """The argument of the model's pipeline that takes the scale of guidance."""
     from gensparse.models import CHECKPOINTS, resolve
 
-    folder = _folder(options)
+    folder = folder_of(model)
     return CHECKPOINTS["flux"].guidance if folder is None else resolve(str(folder)).info.row.guidance
 
 
-def _folder(options: Options) -> Path | None:
-    """The folder of the options' model; None for the shipped FLUX model."""
+def folder_of(model: str | None) -> Path | None:
+    """The folder of a model by its name or path; None for the shipped FLUX model."""
     from gensparse.embedded import SHIPPED
 
-    if options.model is None:
+    if model is None:
         return None
-    return SHIPPED[options.model]() if options.model in SHIPPED else Path(options.model)
+    return SHIPPED[model]() if model in SHIPPED else Path(model)
 
 
 # ---------------------------------------------------------------- measuring

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gensparse.bench.gpu import KernelBench
 
 app = typer.Typer(
-    no_args_is_help=True, help="Speed, error and quality: aot (no GPU), cpu, kernels (GPU), quality, list of cases."
+    no_args_is_help=True, help="Speed, error and quality: aot (no GPU), cpu, kernels (GPU), quality, subjects, list."
 )
 
 _OUT = Annotated[
@@ -270,11 +270,7 @@ def quality(
     from gensparse.bench.quality import Options, run_quality
     from gensparse.cli import output
     from gensparse.cli.state import STATE
-    from gensparse.errors import ConfigError
 
-    kinds = {None: None, "fp32": "float32", "bf16": "bfloat16"}
-    if dtype not in kinds:
-        raise ConfigError(f"--dtype is {dtype!r}; choose fp32 or bf16")
     options = Options(
         run=out,
         model=model,
@@ -282,7 +278,7 @@ def quality(
         limit=limit,
         contenders=tuple(contender or ()),
         baselines=baselines,
-        dtype=kinds[dtype],
+        dtype=_torch_dtype(dtype),
         threads=threads,
         device=device,
         workers=workers,
@@ -292,6 +288,76 @@ def quality(
         output.print_json({"status": "ok", "tables": str(out / "quality.md"), "picture": str(out / "quality.png")})
     else:
         output.print_out(text)
+
+
+@app.command("subjects")
+def subjects(
+    run: Annotated[
+        Path, typer.Option("--run", "--out", metavar="DIR", help="Folder of pictures and numbers; a run goes on.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="embedded, embedded-unet, or a folder (embedded).")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="plain, shared, rendering and methods, with commas between (all that fit)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Cases (100 at 256, 40 at 1024, 12 at 4096).")] = None,
+    size: Annotated[int, typer.Option("--size", help="Pixels per side: 256, 1024 or 4096.")] = 256,
+    attention: Annotated[
+        str, typer.Option("--attention", help="Of the stages beyond the native one, where subjects act.")
+    ] = "clear:radius=8",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16 (fp32 on the CPU, bf16 on a GPU).")] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of the processor, per worker.")] = 1,
+    device: _DEVICE = "cpu",
+    workers: _WORKERS = 1,
+) -> None:
+    """Measure methods for several subjects on an embedded model: do both come through, unmixed and drawn anew?
+
+    The prompt names two shapes, and pictures of them show colours and fills. Beside plain pictures, plain shared
+    attention ("shared") and drawings ("rendering"), from the same seeds. Resumable; 95% intervals and paired
+    differences are bootstrapped over the cases. Writes subjects.md, subjects.csv and subjects.png.
+
+    Examples:
+
+      gensparse bench subjects --run run --limit 4
+
+      gensparse bench subjects --run run --methods plain,shared,isolation,freecustom:weights=1 --limit 20
+
+      gensparse bench subjects --run large --size 4096 --attention clear:radius=8 --device cuda --workers 12
+    """
+    from gensparse.bench.subjects import Options, run_subjects, split_contenders
+    from gensparse.cli import output
+    from gensparse.cli.state import STATE
+
+    options = Options(
+        run=run,
+        model=None if model == "embedded" else model,
+        contenders=() if methods is None else split_contenders(methods),
+        limit=limit,
+        size=size,
+        attention=attention,
+        dtype=_torch_dtype(dtype),
+        threads=threads,
+        device=device,
+        workers=workers,
+    )
+    text = run_subjects(options, output.note)
+    if STATE.output == "json":
+        names = {"tables": "subjects.md", "rows": "subjects.csv", "picture": "subjects.png"}
+        output.print_json({"status": "ok", **{key: str(run / name) for key, name in names.items()}})
+    else:
+        output.print_out(text)
+
+
+def _torch_dtype(name: str | None) -> str | None:
+    """torch's name of a dtype; None for None."""
+    from gensparse.errors import ConfigError
+
+    kinds = {None: None, "fp32": "float32", "bf16": "bfloat16"}
+    if name not in kinds:
+        raise ConfigError(f"--dtype is {name!r}; choose fp32 or bf16")
+    return kinds[name]
 
 
 def _interpreting() -> bool:

@@ -203,14 +203,17 @@ def _agree(seen: SeenSubject, other: SeenSubject) -> bool:
 # ---------------------------------------------------------------- pasted references
 
 
-def pasted(picture: Picture, reference: Picture, box: Box) -> float:
+def pasted(picture: Picture, reference: Picture, box: Box, margin: float = 0.2) -> float:
     """Highest correlation, -1..1, of the reference's `box` with a margin of its background, anywhere in the picture.
 
     A patch pasted at its own size scores above 0.9, a resized one (half to double is searched) less; the same subject
     drawn anew on another background stays below 0.85. Pictures are compared at area 64 x 64.
+
+    Args:
+        margin: of the reference's background on every side, as a share of the box.
     """
     target, source = as_image(picture), as_image(reference)
-    patch = _patch(source, box)
+    patch = _patch(source, box, margin)
     shrink = PASTED_SIDE / math.sqrt(source.width * source.height)
     target = _shrunk(target, PASTED_SIDE / math.sqrt(target.width * target.height))
     best = -1.0
@@ -222,9 +225,9 @@ def pasted(picture: Picture, reference: Picture, box: Box) -> float:
     return best
 
 
-def _patch(image: Image.Image, box: Box) -> Image.Image:
-    """The box and a fifth of its size around it, in the picture's bounds."""
-    margin_y, margin_x = 0.2 * (box[2] - box[0]), 0.2 * (box[3] - box[1])
+def _patch(image: Image.Image, box: Box, margin: float) -> Image.Image:
+    """The box and a share of its size around it, in the picture's bounds."""
+    margin_y, margin_x = margin * (box[2] - box[0]), margin * (box[3] - box[1])
     y0, x0 = max(0.0, box[0] - margin_y), max(0.0, box[1] - margin_x)
     y1, x1 = min(1.0, box[2] + margin_y), min(1.0, box[3] + margin_x)
     return image.crop(tuple(round(v * s) for v, s in zip((x0, y0, x1, y1), image.size * 2, strict=True)))

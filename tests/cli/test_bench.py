@@ -234,3 +234,29 @@ def test_quality_measures_baselines_without_a_model(cli, workdir) -> None:
 @pytest.mark.parametrize("flag", [("--size", "77"), ("--contender", "claer"), ("--dtype", "fp8"), ("--limit", "0")])
 def test_quality_refuses_what_it_does_not_know(cli, workdir, flag: tuple) -> None:
     assert cli("bench", "quality", "--out", "run", *flag).code == 2
+
+
+def test_subjects_measures_drawings_without_a_model(cli, workdir) -> None:
+    flags = ("bench", "subjects", "--run", "run", "--methods", "rendering", "--limit", "1")
+    ran = cli(*flags)
+    assert ran.code == 0, ran.err
+    assert "| rendering | 1 | 100 (100..100) |" in ran.out
+    again = cli(*flags, "--json")
+    assert json.loads(again.out)["rows"] == "run/subjects.csv"
+    assert "good" not in again.err  # nothing was measured again
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--size", "77"),
+        ("--methods", "masactrl"),
+        ("--attention", "claer"),
+        ("--dtype", "fp8"),
+        ("--limit", "0"),
+        ("--device", "tpu"),
+        ("--workers", "0"),
+    ],
+)
+def test_subjects_refuses_what_it_does_not_know(cli, workdir, flag: tuple) -> None:
+    assert cli("bench", "subjects", "--run", "run", *flag).code == 2

@@ -30,6 +30,7 @@ VERBS = (
     "bench cpu",
     "bench kernels",
     "bench quality",
+    "bench subjects",
     "tune",
     "calibrate",
     "app",
