@@ -30,6 +30,7 @@ from gensparse.methods import (
     Method,
     MswMsa,
     Neighborhood,
+    PrimeComposer,
     Proxy,
     Radial,
     ReferenceOnly,
@@ -94,6 +95,7 @@ CHOSEN = [
     ConsiStory(1, 0.3, 5, 0.8, 0.2, 0.2, 0.0, 0.2, 0.5, 300, 1),
     MagicFace(3, (1.2, 4.0, 2.0), 0.4, 0.6, False, False, 5),
     TokenFlow(4, True, 10, 0, None, "up_blocks.1.attentions.1+up_blocks.2"),
+    PrimeComposer(0.5, 0.25, 0.9, 1, "object", False, True, layers="10-15", halves=2),
 ]
 """Methods that choose at run time, see averages alone, or are for some models or calls only."""
 
