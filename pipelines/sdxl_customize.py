@@ -8,9 +8,12 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffus
 from diffusers.utils import replace_example_docstring
 
 from gensparse.methods import Method
+from gensparse.pipelines.multidiffusion import MultiDiffusion
 from gensparse.pipelines.sdxl_highres import SDXLHighresPipeline
-from gensparse.pipelines.unet_customize import UNetCustomizes, told_like
-from gensparse.pipelines.unet_stages import Conditions
+from gensparse.pipelines.unet_compose import UNetComposes
+from gensparse.pipelines.unet_customize import told_like
+from gensparse.pipelines.unet_multidiffusion import Told, UNetMultiDiffuses
+from gensparse.pipelines.unet_stages import Conditions, Run
 from gensparse.subjects.references import Reference
 
 EXAMPLE_DOC_STRING = """
@@ -32,7 +35,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class SDXLCustomizePipeline(UNetCustomizes, SDXLHighresPipeline):
+class SDXLCustomizePipeline(UNetComposes, UNetMultiDiffuses, SDXLHighresPipeline):
     r"""
     Text and pictures of subjects to image for SDXL-type models, of any size in multiples of 8 pixels.
 
@@ -47,7 +50,8 @@ class SDXLCustomizePipeline(UNetCustomizes, SDXLHighresPipeline):
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        regions: Any = None,
         **kwargs: Any,
     ) -> StableDiffusionXLPipelineOutput | tuple:
         r"""
@@ -60,10 +64,17 @@ class SDXLCustomizePipeline(UNetCustomizes, SDXLHighresPipeline):
                 All other arguments of [`SDXLHighresPipeline`]; `attention` acts in the stages beyond the native one.
                 Step callbacks see the tensors of the pictures, without those of the references.
             subjects (`Sequence[Reference]`, *optional*):
-                At most five subjects with a picture of each; without any it is [`SDXLHighresPipeline`] to the bit.
+                At most five subjects, each with a picture, several (eight in all) or by words; without any it is
+                [`SDXLHighresPipeline`] to the bit.
             subject_method (`str` or `Method`, defaults to `"freecustom"`):
                 "freecustom", "magicface", "isolation", "reference_only", "storydiffusion", "masactrl" or
-                "style_aligned", with settings. The last two see the picture by its inversion, the others noised.
+                "style_aligned", with settings. The last two see the picture by its inversion, the others noised. For
+                subjects by words "regional", which needs regions, or "consistory", with several prompts, whose pictures
+                are drawn together. "primecomposer" puts an object, which has a region, into a background without one.
+            regions (`Regions`, list, or path of a layout file, *optional*):
+                Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region
+                is a call of the model under its prompt, and `prompt` is of what no region covers. Settings are those of
+                [`MultiDiffusion`], as in `subject_method="multidiffusion:bootstrap=0.2"`.
 
         Examples:
 
@@ -73,10 +84,10 @@ class SDXLCustomizePipeline(UNetCustomizes, SDXLHighresPipeline):
         Raises:
             ConfigError: subjects without what the method needs, or a way or attention that leaves them no place.
         """
-        with self._with_subjects(prompt, subjects, subject_method, "UNet", kwargs):
+        with self._with_subjects(prompt, subjects, subject_method, "UNet", kwargs, regions):
             return super().__call__(prompt, *args, **kwargs)
 
-    def _told(self, prompts: list[str], like: Conditions) -> Conditions:
+    def _told(self, prompts: list[str], like: Conditions, run: Run) -> Conditions:
         embeds, _, pooled, _ = self.encode_prompt(
             prompts,
             device=like.embeds.device,
@@ -87,3 +98,16 @@ class SDXLCustomizePipeline(UNetCustomizes, SDXLHighresPipeline):
         )
         halves = 2 if self.do_classifier_free_guidance else 1
         return told_like(embeds.to(like.embeds), pooled.to(like.pooled), like, halves)
+
+    def _told_region(self, prompt: str, negative: str | None, run: Run) -> tuple[Told, Told | None]:
+        guided = self.do_classifier_free_guidance and negative is not None
+        embeds, other, pooled, other_pooled = self.encode_prompt(
+            prompt,
+            device=run.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative,
+            lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
+            clip_skip=self.clip_skip,
+        )
+        return Told(embeds, pooled), Told(other, other_pooled) if guided else None

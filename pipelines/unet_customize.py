@@ -1,27 +1,27 @@
-"""Subjects in the native stage of the UNets of Stable Diffusion 1.5, 2 and XL; see `gensparse.pipelines.customize`."""
+"""Subjects in the native stage of models of noise, UNets and PixArt; see `gensparse.pipelines.customize`."""
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage
-from gensparse.pipelines.customize import Customizes, joined, noise_at, told_to_callbacks
+from gensparse.pipelines.customize import Cast, Customizes, joined, noise_at, told_to_callbacks
 from gensparse.pipelines.unet_stages import Conditions, Levels, Run, UNetStages, noise_levels
-from gensparse.subjects.inversion import inverted, seen, unseen
+from gensparse.subjects.inversion import Slope, inverted, seen, unseen
 
 BESIDE = ("latents", "clean", "prompt_embeds", "add_text_embeds", "add_time_ids")
 """Tensors of callbacks that have rows of the references too."""
 
 
 class UNetCustomizes(Customizes, UNetStages):
-    """Mixed into a pipeline of a UNet in front of its stages; the pipeline encodes the prompts of references."""
+    """Mixed into a pipeline of such a model in front of its stages; the pipeline encodes the prompts of references."""
 
-    def _told(self, prompts: list[str], like: Conditions) -> Conditions:
-        """What the UNet is told about the references: their prompts [R, T, C], and pooled ones of SDXL."""
+    def _told(self, prompts: list[str], like: Conditions, run: Run) -> Conditions:
+        """What the model is told about the references: their prompts [R, T, C], and pooled ones of SDXL."""
         raise NotImplementedError
 
     def _denoise_native(
@@ -39,13 +39,15 @@ class UNetCustomizes(Customizes, UNetStages):
         end = stage.steps if run.way.segments else run.steps
         timesteps = [t for t in scheduler.timesteps if number[float(t)] < end]
         self._num_timesteps = len(timesteps)
+        if cast.worded:
+            return self._denoise_by_words(cast, stage, stages, noise, keep, run)
 
         own = run.conditions(stage, run.guidance_scale)
-        told = self._told(cast.prompts, own)
+        told = self._told(cast.prompts, own, run)
         fitted = [item.fitted((stage.height, stage.width)) for item in cast.references]
         clean = self._clean(cast, fitted, stage, run.vae_tile, run.device)
         path = self._inverted(clean, told, levels, run) if cast.inverted else None
-        scaled = _scales(scheduler)
+        scaled = scales_latents(scheduler)
 
         def rows(level: int) -> torch.Tensor:
             """Latents of the references at a level, in the form of the scheduler."""
@@ -64,7 +66,7 @@ class UNetCustomizes(Customizes, UNetStages):
             run,
             batch=run.batch + count,
             attention="dense",
-            conditions=lambda stage, scale: _beside(told, own, count, halves),
+            conditions=lambda stage, scale: told_beside(told, own, count, halves),
             extra_step_kwargs=_with_generators(run.extra_step_kwargs, count),
             on_step=on_step,
             on_step_inputs=tuple(dict.fromkeys((*run.on_step_inputs, "latents"))),
@@ -72,6 +74,30 @@ class UNetCustomizes(Customizes, UNetStages):
         with self._shared(cast, fitted, stage):
             out, history = super()._denoise_native(stage, stages, joined(start, noise), keep, beside)
         return out[count:], {step: x[count:] for step, x in history.items()}
+
+    def _denoise_by_words(
+        self,
+        cast: Cast,
+        stage: Stage,
+        stages: Sequence[Stage],
+        noise: torch.Tensor,
+        keep: Sequence[int],
+        run: Run,
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Stage 0 with subjects that are known by words; for features to inject, it runs twice from the same noise."""
+        run = replace(run, attention="dense")
+        with self._told_by_words(cast) as handle:
+            if getattr(cast.method, "inject", 0):
+                restored = _states(run.extra_step_kwargs)
+                with handle.rehearsal():
+                    found = super()._denoise_native(stage, stages, noise, keep, run)
+                if self.interrupt:
+                    return found
+                self.attention_report.pop()
+                restored()
+                self._guidance_scale = run.guidance_scale  # a callback may have ended guidance
+                handle.restart(steps=self._num_timesteps)
+            return super()._denoise_native(stage, stages, noise, keep, run)
 
     def _check_attention(self, stages: Sequence[Stage], run: Run) -> None:
         """ConfigError where the first stage has a method of its own beside that of the subjects."""
@@ -87,6 +113,10 @@ class UNetCustomizes(Customizes, UNetStages):
 
     def _inverted(self, clean: torch.Tensor, told: Conditions, levels: Levels, run: Run) -> list[torch.Tensor]:
         """x = picture + sigma * noise at every level, under the prompts of the references, without guidance."""
+        return inverted(unseen(clean, levels.sigmas[-1]), levels.sigmas, self._slope(told, levels, run))
+
+    def _slope(self, told: Conditions, levels: Levels, run: Run) -> Slope:
+        """The noise that the model predicts in x = picture + sigma * noise at a level, without guidance."""
 
         def slope(x: torch.Tensor, k: int) -> torch.Tensor:
             t, sigma = levels.timesteps[k], levels.sigmas[k]
@@ -94,17 +124,23 @@ class UNetCustomizes(Customizes, UNetStages):
             prediction = self._call(z.to(run.dtype), t, told, 1, 1, None, None)
             return self._noise_in(prediction.float(), z, sigma)
 
-        return inverted(unseen(clean, levels.sigmas[-1]), levels.sigmas, slope)
+        return slope
 
 
 # --- pure helpers ---------------------------------------------------------------------------------------------------
 
 
-def told_like(embeds: torch.Tensor, pooled: torch.Tensor | None, own: Conditions, halves: int) -> Conditions:
-    """Conditions of references by their prompts; what else the UNet is told is as for the first picture.
+def told_like(
+    embeds: torch.Tensor,
+    pooled: torch.Tensor | None,
+    own: Conditions,
+    halves: int,
+    mask: torch.Tensor | None = None,
+) -> Conditions:
+    """Conditions of references by their prompts; what else the model is told is as for the first picture.
 
     Args:
-        embeds: [R, T, C]; pooled: [R, P].
+        embeds: [R, T, C]; pooled: [R, P]; mask: [R, T], tokens that are no padding.
         own: of the pictures, with `halves` halves of guidance.
     """
 
@@ -112,10 +148,10 @@ def told_like(embeds: torch.Tensor, pooled: torch.Tensor | None, own: Conditions
         return None if x is None else x.chunk(parts)[-1][:1].expand(len(embeds), *x.shape[1:])
 
     images = None if own.images is None else [first(x) for x in own.images]
-    return Conditions(embeds, None, pooled, first(own.time_ids), images, first(own.timestep, 1))
+    return Conditions(embeds, None, pooled, first(own.time_ids), images, first(own.timestep, 1), mask)
 
 
-def _beside(told: Conditions, own: Conditions, count: int, halves: int) -> Conditions:
+def told_beside(told: Conditions, own: Conditions, count: int, halves: int) -> Conditions:
     """The conditions of pictures with references in front of them; their unconditional half is that of the pictures."""
 
     def both(references: torch.Tensor | None, x: torch.Tensor | None, parts: int = halves) -> torch.Tensor | None:
@@ -135,15 +171,29 @@ def _beside(told: Conditions, own: Conditions, count: int, halves: int) -> Condi
         both(told.time_ids, own.time_ids),
         images,
         both(told.timestep, own.timestep, 1),
+        both(told.mask, own.mask),
     )
 
 
-def _scales(scheduler: object) -> bool:
+def scales_latents(scheduler: object) -> bool:
     """Whether latents of a scheduler are picture + sigma * noise, which it scales for the model."""
     probe = copy.deepcopy(scheduler)
     levels = noise_levels(scheduler)
     scaled = float(probe.scale_model_input(torch.ones(1, device=probe.timesteps.device), probe.timesteps[0]))
     return math.isclose(scaled, 1 / math.sqrt(1 + levels.sigmas[0] ** 2), rel_tol=1e-3)
+
+
+def _states(settings: dict) -> Callable[[], None]:
+    """Gives back the states that the generators of a scheduler's step have now."""
+    given = settings.get("generator")
+    generators = given if isinstance(given, list) else [] if given is None else [given]
+    states = [generator.get_state() for generator in generators]
+
+    def restore() -> None:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    return restore
 
 
 def _with_generators(settings: dict, count: int) -> dict:
