@@ -162,7 +162,6 @@ class ReferenceRun(SubjectRun):
     """The reference beside the own tokens, and its statistics behind the blocks of a UNet."""
 
     method: "ReferenceOnly"
-    masked = False
 
     def __init__(self, method: "ReferenceOnly", subject: Subject, places: Mapping[str, Place]) -> None:
         super().__init__(method, subject, places)
