@@ -15,6 +15,7 @@ from gensparse.request import CustomizeRequest, request_from_dict
 Cli = Callable[..., tuple[int, str, str]]
 TINY = ("-m", "TINY", "--steps", "2", "-s", "3", "--size", "40x24")
 CAT, DOG = ("--subject", "cat=in/cat.png@in/cat_mask.png"), ("--subject", "dog=in/dog.jpg")
+CONSISTORY = ("--subject-method", "consistory")
 BOXES = [{"subject": "cat", "box": [0, 0.1, 0.5, 1]}, {"subject": "dog", "box": [0.5, 0, 1, 1]}]
 
 
@@ -85,6 +86,80 @@ def test_unets(cli: Cli, pictures: Path, family: str) -> None:
     assert json.loads(ran.out)["attention"]["stages"][0]["subjects"]["method"]["method"] == "magicface"
 
 
+def test_several_pictures_of_a_subject(cli: Cli, pictures: Path) -> None:
+    several = ("--subject", "cat=in/cat.png@in/cat_mask.png,in/dog.jpg@0:0:0.5:1", "--subject-prompt", "cat=a grey cat")
+    ran = cli("customize", "a cat", *TINY, *several, "-o", "a.png")
+    assert ran.code == 0, ran.err
+    assert cli("customize", "a cat", *TINY, *CAT, "-o", "one.png").code == 0
+    assert not np.array_equal(pixels("a.png"), pixels("one.png"))
+    metadata = read_metadata("a.png")
+    assert metadata["request"]["subject"] == ["cat=cat.png@cat_mask.png,dog.jpg@0:0:0.5:1"]
+    first, second = metadata["subjects_sha256"]["cat"]
+    assert set(first) == {"picture", "mask"}
+    assert second["box"] == [0, 0, 0.5, 1]
+    assert metadata["run"]["attention"][0]["subjects"]["names"] == ["cat", "cat (2)"]
+    again = cli("customize", "--from", "a.png", "-m", "TINY", *several[:2], "-o", "b.png")
+    assert again.code == 0, again.err
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert "--subject-prompt 'cat=a grey cat'" in cli("inspect", "a.png", "--as-args").out
+
+
+def test_subjects_by_words(cli: Cli, pictures: Path) -> None:
+    words = ("--layout", "boxes.json", "--subject-method", "regional")
+    ran = cli("customize", "a cat and a dog", *TINY, *words, "-o", "a.png")
+    assert ran.code == 0, ran.err
+    assert read_metadata("a.png")["request"]["subject"] == ["cat", "dog"]  # those of the layout
+    told = ("--subject", "cat", "--subject", "dog", "--subject-prompt", "cat=a red cat")
+    assert cli("customize", "a cat and a dog", *TINY, *words, *told, "-o", "red.png").code == 0
+    assert not np.array_equal(pixels("a.png"), pixels("red.png"))
+    again = cli("customize", "--from", "red.png", "-m", "TINY", "-o", "b.png")  # names no files
+    assert again.code == 0, again.err
+    assert np.array_equal(pixels("red.png"), pixels("b.png"))
+
+
+def test_a_set_is_drawn_at_once(cli: Cli, pictures: Path) -> None:
+    words = ("-m", tiny_family("sd15"), "--steps", "2", "--size", "24x40", "--subject", "cat")
+    ran = cli(
+        "customize", "a cat", *words, "--subject-method", "consistory", "-s", "3", "--num-images", "3", "-o", "s/"
+    )
+    assert ran.code == 0, ran.err
+    assert [read_metadata(f"s/000{n}.png")["picture"] for n in (1, 2, 3)] == [1, 2, 3]
+    assert read_metadata("s/0002.png")["request"]["seed"] == [3, 4, 5]
+    again = cli("customize", "--from", "s/0002.png", "-m", tiny_family("sd15"), "-o", "again/")
+    assert again.code == 0, again.err
+    assert all(np.array_equal(pixels(f"s/000{n}.png"), pixels(f"again/000{n}.png")) for n in (1, 2, 3))
+    plan = cli(
+        "plan", "-m", "sdxl", "--subject", "cat", "--subject-method", "consistory", "--num-images", "3", "--json"
+    )
+    alone = cli("plan", "-m", "sdxl", "--json")
+    flops = [json.loads(item.out)["stages"][0]["linear_flops"] for item in (plan, alone)]
+    steps = [json.loads(item.out)["stages"][0]["steps"] for item in (plan, alone)]
+    assert flops[0] == pytest.approx(3 * flops[1])
+    assert steps[0] == 2 * steps[1]
+
+
+SETS = {
+    "one": (("-p", "a cat"), "one is asked for"),
+    "prompts and pictures": (
+        ("-p", "a cat", "-p", "the cat", "--num-images", "3"),
+        "2 prompts are given and 3 pictures",
+    ),
+    "nine": (("-p", "a cat", "--num-images", "9"), "at most 8"),
+    "unsaid": (("-p", "a cat", "-p", "a dog"), "fewer than two"),
+    "empty": (("-p", "a cat", "-p", "the cat", "-p", " "), "prompt 3 of 3 is empty"),
+    "placed": (("-p", "a cat", "--num-images", "2", "--layout", "cat.json"), "leave the layout of cat out"),
+}
+
+
+@pytest.mark.parametrize("mistake", SETS)
+def test_what_sets_need(cli: Cli, pictures: Path, no_weights: None, mistake: str) -> None:
+    Path("cat.json").write_text(json.dumps(BOXES[:1]))
+    words, said = SETS[mistake]
+    ran = cli("customize", "-m", tiny_family("sd15"), "--subject", "cat", *CONSISTORY, *words)
+    assert ran.code == 2, ran.err
+    assert said in ran.err
+
+
 def test_larger_pictures_go_on_from_the_small_one(cli: Cli, pictures: Path) -> None:
     large = ("-m", "TINY", "--steps", "3", "-s", "3", "--size", "80x48")
     ran = cli("customize", "a cat", *large, *CAT, "-o", "a.png", "--json")
@@ -125,6 +200,14 @@ MISTAKES = {
     "none": ((), "no subject is given"),
     "one name": ((*CAT, *CAT), "two subjects are named 'cat'"),
     "six": (tuple(w for n in range(6) for w in ("--subject", f"s{n}=in/cat.png")), "at most 5"),
+    "by words": (("--subject", "cat"), "needs a picture of cat"),
+    "nine": (("--subject", "cat=" + ",".join(["in/cat.png"] * 9)), "at most 8"),
+    "box as mask": (("--subject", "cat=in/cat.png@0:0:2:1"), "the box of"),
+    "prompt of nobody": ((*CAT, "--subject-prompt", "cow=a cow"), "'cow'"),
+    "several prompts": ((*CAT, "-p", "a cat"), "given more than once"),
+    "regional nowhere": (("--subject", "cat", "--subject-method", "regional"), "where cat is to be"),
+    "regional picture": ((*CAT, "--subject-method", "regional"), "leave it out"),
+    "consistory unet": (("--subject", "cat", "--subject-method", "consistory"), "not on FLUX.1"),
     "needs regions": ((*CAT, "--subject-method", "isolation"), "where cat is to be"),
     "needs both": ((*CAT, "--subject-method", "masactrl:start=0"), "mask and region of 'cat'"),
     "one alone": ((*CAT, *DOG, "--subject-method", "reference_only"), "1 subject"),
@@ -175,9 +258,9 @@ def test_mistakes_are_found_before_weights(cli: Cli, pictures: Path, no_weights:
 
 
 def test_families_without_subjects_say_who_has_them(cli: Cli, pictures: Path, no_weights: None) -> None:
-    ran = cli("customize", "a cat", "-m", tiny_family("sd3"), *CAT)
+    ran = cli("customize", "a cat", "-m", tiny_family("qwenimage"), *CAT)
     assert ran.code == 2
-    assert "Stable Diffusion XL" in ran.err
+    assert "customize works with FLUX.1" in ran.err
 
 
 def test_requests_keep_their_form() -> None:
