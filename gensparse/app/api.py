@@ -9,9 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from gensparse.app import runs
+from gensparse.app import runs, tales
 from gensparse.app.core import App
 from gensparse.errors import GensparseError
+from gensparse.request import CustomizeRequest
 
 
 def add(app: App) -> None:
@@ -99,6 +100,17 @@ def add(app: App) -> None:
             values.pop("strength")
         return _told(lambda: _plan(app, kind, values, app.owner(request), image, subjects))
 
+    def turn(
+        request: gr.Request, job: str = "", prompt: str = "", boxes: dict | None = None, seed: int | None = None
+    ) -> dict:
+        """Queue the next picture with the subjects of a job of /customize; boxes are places by name."""
+
+        def follow() -> dict[str, Any]:
+            found = app.job(job, request)
+            return runs.view(app, tales.follow(app, found.owner, found, prompt, boxes, seed))
+
+        return _told(follow)
+
     def status(request: gr.Request, job: str = "") -> dict:
         """Where a job is, and its files once it has ended."""
         return _told(lambda: runs.view(app, app.job(job, request)))
@@ -113,7 +125,7 @@ def add(app: App) -> None:
 
         return _told(stop)
 
-    for function in (generate, upscale, customize, estimate, status, cancel):
+    for function in (generate, upscale, customize, turn, estimate, status, cancel):
         gr.api(function, api_name=function.__name__, concurrency_limit=4)
 
 
@@ -128,6 +140,8 @@ def _submit(
     app: App, kind: str, values: dict[str, Any], owner: str, image: Any = None, subjects: Any = ()
 ) -> dict[str, Any]:
     request, header = runs.asked(app, kind, values, owner, image, subjects)
+    if isinstance(request, CustomizeRequest):
+        return runs.view(app, tales.begin(app, owner, request))
     return runs.view(app, runs.submit(app, owner, request, header))
 
 

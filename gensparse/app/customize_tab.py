@@ -1,18 +1,19 @@
 """The tab "Customize": a picture with given subjects, each by a picture of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
-from gensparse.app import cast, forms, render, runs, uploads, widgets
+from gensparse.app import cast, forms, render, runs, tales, uploads, widgets
 from gensparse.app.core import App, Form
 from gensparse.app.jobs import Job
 from gensparse.app.panel import Panel
 from gensparse.app.viewer import file_url
 from gensparse.app.widgets import QUIET
 from gensparse.errors import GensparseError
+from gensparse.request import CustomizeRequest
 from gensparse.subjects.naming import MAX_SUBJECTS
 
 PROMPT = "a red circle left of a blue star on a white background"
@@ -29,12 +30,22 @@ def tab(app: App) -> None:
             cost = gr.HTML("", elem_id="gs-customize-cost")
             run = gr.Button("Make the picture", variant="primary", elem_classes="gs-run", elem_id="gs-customize-run")
         with gr.Column(scale=3, min_width=300):
-            panel = Panel(app, "customize", "The picture with your subjects appears here. Ctrl+Enter starts it.")
+            panel = TalePanel(app, "customize", "The picture with your subjects appears here. Ctrl+Enter starts it.")
 
     def submit(owner: str, values: tuple[Any, ...]) -> Job:
         subjects, fields = _parted(widgets.form_values(form, values))
         request, _ = runs.asked(app, "customize", fields, owner, subjects=subjects)
-        return runs.submit(app, owner, request, panel="customize")
+        assert isinstance(request, CustomizeRequest)
+        return tales.begin(app, owner, request, panel="customize")
+
+    def follow(owner: str, values: tuple[Any, ...]) -> Job:
+        watched, prompt, *rest = values
+        subjects, fields = _parted(widgets.form_values(form, rest))
+        job = app.jobs.get(watched[0] if watched else "", owner)
+        boxes = {item["name"].strip(): item.get("box") for item in subjects if item.get("name")}
+        known = {actor.name for actor in job.facts["tale"].story.actors} if "tale" in job.facts else set()
+        kept = {name: box for name, box in boxes.items() if name in known}
+        return tales.follow(app, owner, job, prompt, kept, fields.get("seed"), panel="customize")
 
     def estimate(request: gr.Request, *values: Any) -> str:
         subjects, fields = _parted(widgets.form_values(form, values))
@@ -47,8 +58,47 @@ def tab(app: App) -> None:
             return render.error_card(str(error))
 
     panel.starts([run.click, *events], form.widgets, submit)
+    panel.starts([panel.go.click, panel.prompt.submit], [panel.watched, panel.prompt, *form.widgets], follow)
     watched = [form.fields[name] for name in (*widgets.COSTLY, "subject_method", *_each("name", "picture"))]
     gr.on([item.change for item in watched], estimate, form.widgets, cost, trigger_mode="always_last", **QUIET)
+
+
+class TalePanel(Panel):
+    """A panel whose picture can be continued with the same subjects."""
+
+    def _draw_further(self) -> tuple[str, ...]:
+        limits = self.app.limits
+        with gr.Group(visible=False) as self.next:
+            self.turns = gr.HTML("", elem_id="gs-customize-turns")
+            self.prompt = gr.Textbox(
+                "", label="Next picture, with the same subjects", lines=2, max_lines=6, max_length=limits.prompt,
+                info="Subjects that it names are in it, or else all. Places and seed are those of the form, all other "
+                "settings those of the first picture", elem_id="gs-customize-next",
+            )  # fmt: skip
+            self.go = gr.Button("Continue", elem_id="gs-customize-continue")
+        return "next", "turns"
+
+    def _further(self, job: Job, *, done: bool) -> dict[str, Any]:
+        told = tales.told(self.app, job)
+        return {"next": gr.update(visible=bool(told) and job.state.ended), "turns": _strip(told)}
+
+    def _shown(self, job: Job) -> dict[str, Any]:
+        shown, tale = super()._shown(job), job.facts.get("tale")
+        if tale is not None and len(tale.story.turns) > 1:
+            shown["command"] += "<p>All of them, with story.json</p>"
+            shown["command"] += render.copyable(tale.command) + render.copyable(tale.text)
+        return shown
+
+
+def _strip(told: Sequence[Job]) -> str:
+    """The pictures of a tale in a row, small."""
+    items = [(job.result.outputs[0].path, job.request.prompt) for job in told if job.result is not None and job.request]
+    pictures = "".join(
+        f'<a href="{render.esc(file_url(path))}" target="_blank" rel="noopener" title="{render.esc(prompt)}">'
+        f'<img src="{render.esc(file_url(path))}" alt="{render.esc(prompt)}" loading="lazy"></a>'
+        for path, prompt in items
+    )
+    return f'<div class="gs-turns">{pictures}</div>' if len(items) > 1 else ""
 
 
 def _draw_form(app: App, form: Form) -> list[Any]:

@@ -111,7 +111,7 @@ def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) 
             out[name] = checked_text(name, given[name], limits.prompt)
     for name, low, high in _whole_numbers(limits):
         if name in given:
-            out[name] = _whole(name, given[name], low, high)
+            out[name] = whole(name, given[name], low, high)
     if "seed" in out:
         out["seed"] = (out["seed"],)
     for name, high in (("guidance", limits.guidance), ("strength", 1.0)):
@@ -254,7 +254,7 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     return number
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
+def whole(name: str, value: object, low: int, high: int) -> int:
     number = _number(name, value, low, high)
     if number != int(number):
         raise ConfigError(f"{name} is {short(value)}; give a whole number from {low} to {high}")

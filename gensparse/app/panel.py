@@ -32,6 +32,7 @@ class Panel:
         self.card = gr.HTML(f'<div class="gs-card gs-quiet"><p>{render.esc(hint)}</p></div>', elem_id=f"gs-{name}-card")
         self.cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id=f"gs-{name}-cancel")
         self.result = gr.HTML("", elem_id=f"gs-{name}-result")
+        further = self._draw_further()
         with gr.Row():
             self.native = gr.Button("Compare with the start", visible=False, elem_id=f"gs-{name}-native", size="sm")
             self.dense = gr.Button("Compare with dense attention", visible=False, elem_id=f"gs-{name}-dense", size="sm")
@@ -61,6 +62,7 @@ class Panel:
             "python",
             "watched",
             "timer",
+            *further,
         )
         self.outputs = [getattr(self, name) for name in self._names]
         self.timer.tick(self._poll, [self.watched], self.outputs, queue=False, **QUIET)
@@ -82,6 +84,15 @@ class Panel:
 
         gr.on(list(events), start, list(inputs), self.outputs, **QUIET)
 
+    # -- what tabs may add
+    def _draw_further(self) -> tuple[str, ...]:
+        """Draw what stands below the result; returns the names of its attributes that are outputs."""
+        return ()
+
+    def _further(self, job: Job, *, done: bool) -> dict[str, Any]:
+        """The updates of these for a job, and whether it has a result."""
+        return {}
+
     # -- what events answer
     def _only(self, **changes: Any) -> list[Any]:
         """Changes of some outputs; the others stay."""
@@ -100,6 +111,7 @@ class Panel:
             again_box=hidden,
             watched=(job.id, job.revision),
             timer=gr.Timer(TICK, active=True),
+            **self._further(job, done=False),
         )
 
     def _poll(self, request: gr.Request, watched: Any) -> list[Any]:
@@ -129,6 +141,7 @@ class Panel:
             )
             return self._only(**done, slider=slider, watched=(original.id, original.revision), **self._shown(original))
         shown = self._shown(job) if isinstance(job.result, Result) and job.result.outputs else {}
+        shown |= self._further(job, done=bool(shown))
         return self._only(**done, **shown, watched=(job.id, job.revision))
 
     def _original(self, job: Job) -> Job | None:

@@ -2,7 +2,8 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,8 @@ def submit(
         BusyError: the queue is full.
         ConfigError, ModelError: as `gensparse plan`.
     """
-    _, cost = plan(request, header)
-    if not cost.fits:
-        raise WontFitError("; ".join(cost.advice))
-    folder = app.sessions.new_folder(owner)
-    try:
+    check_fits(request, header)
+    with job_folder(app, owner) as folder:
         if isinstance(request, UpscaleRequest):
             request = request.replace(image=str(uploads.keep(Path(request.image), folder)))
         elif isinstance(request, CustomizeRequest):
@@ -68,14 +66,29 @@ def submit(
             live_preview=True,
             stages_dir=app.sessions.folder(owner) / STAGES,
         )
-        work = _keeping_native(run_request(request, output), folder)
+        work = keeping_native(run_request(request, output), folder)
         return app.jobs.submit(owner, work, kind=kind or request.kind, request=request, folder=folder, **facts)
+
+
+def check_fits(request: Request, header: Header | None = None) -> None:
+    """Raises WontFitError for a request that needs more memory than there is, and others as `gensparse plan`."""
+    _, cost = plan(request, header)
+    if not cost.fits:
+        raise WontFitError("; ".join(cost.advice))
+
+
+@contextmanager
+def job_folder(app: App, owner: str) -> Iterator[Path]:
+    """A new folder for a job, taken away again where it could not be queued."""
+    folder = app.sessions.new_folder(owner)
+    try:
+        yield folder
     except (GensparseError, OSError):
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _keeping_native(work: Work, folder: Path) -> Work:
+def keeping_native(work: Work, folder: Path) -> Work:
     """The same work, which also keeps the picture of the native stage, to compare with."""
 
     def both(runner: Engine, on_event: Callable[[Event], None], cancel: threading.Event) -> Any:

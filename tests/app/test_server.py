@@ -225,7 +225,7 @@ def test_the_page_loads_nothing_from_other_hosts(visitor: Visitor) -> None:
     for name in ("/gradio_api/info", "/config"):
         assert visitor.http.get(name).status_code == 200
     named = visitor.http.get("/gradio_api/info").json()["named_endpoints"]
-    assert {"/generate", "/upscale", "/customize", "/status", "/cancel", "/estimate"} <= set(named)
+    assert {"/generate", "/upscale", "/customize", "/turn", "/status", "/cancel", "/estimate"} <= set(named)
 
 
 def press(visitor: Visitor, name: str, **values: Any) -> list[Any]:
@@ -341,6 +341,18 @@ def test_pictures_with_subjects_from_uploads_to_file(server: Running, visitor: V
     assert metadata["request"]["subject"] == ["circle=1-circle.jpg@1-circle-mask.png", "star=2-star.jpg"]
     assert {"picture", "mask"} == set(metadata["subjects_sha256"]["circle"])
     assert str(server.folder) not in json.dumps(metadata)
+    later = visitor.ended(visitor.call("turn", job, "a star in the night", {"star": [0, 0, 1, 1]}, 4)["job"])
+    assert later["state"] == "done", later
+    got = visitor.http.get(later["outputs"][0]["url"])
+    (server.folder / "turn.png").write_bytes(got.content)
+    request = read_metadata(server.folder / "turn.png")["request"]
+    assert (request["subject"], request["seed"], request["layout"]) == (
+        ["star=2-star.jpg"],
+        [4],
+        [["star", 0, 0, 1, 1]],
+    )
+    with pytest.raises(RuntimeError, match="no such job"):
+        Visitor(server.url).call("turn", job, "a star", None, None)
     with pytest.raises(RuntimeError, match="needs to know where star is to be"):
         visitor.customize([circle, {**star, "box": None}], subject_method="isolation")
     with pytest.raises(RuntimeError, match="subject 1 has a picture and no name"):
