@@ -37,6 +37,9 @@ MASKED = ("freecustom", "magicface", "isolation_reposition", "reference_only")
 COMPOSED = ("primecomposer",)
 """Methods that put an object, which has a region, into a background, which has none."""
 
+FENCED = ("regional", MULTIDIFFUSION)
+"""Methods by which every subject has a prompt in its region, and a negative one."""
+
 DEFAULT = "freecustom"
 """What pipelines use for subjects where nothing is said."""
 
@@ -81,6 +84,7 @@ def check_subjects(
     *,
     pictured: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
+    negatives: Sequence[str] = (),
 ) -> None:
     """What can be known to be wrong before anything is encoded.
 
@@ -90,10 +94,16 @@ def check_subjects(
             nobody knows.
         pictured: those with a picture, by default all.
         prompts: of all pictures that are drawn together; None where nobody knows.
+        negatives: subjects with a negative prompt.
 
     Raises:
         ConfigError: another number of subjects, a model, or subjects without what the method needs.
     """
+    if negatives and (method.name not in FENCED or (method.name == "regional" and family != "UNet")):
+        raise ConfigError(
+            f"{', '.join(negatives)} has a negative prompt, for which {method.name} on {family} has no place; use "
+            f"{MULTIDIFFUSION}, or regional on a UNet such as SDXL"
+        )
     missing = list(dict.fromkeys(name for name in names if name not in placed))
     shown = list(dict.fromkeys(names if pictured is None else pictured))
     if method.name in WORDED:
@@ -106,7 +116,7 @@ def check_subjects(
             "consistory, which take subjects by words"
         )
     if method.name in COMPOSED and family == "UNet":
-        _check_composed(method, names, placed, words, prompts)
+        _check_composed(method, names, placed, words)
         return
     fixed = None if method.name in COMPOSED else getattr(method, "fixed", None)
     if fixed is not None and len(names) != fixed:
@@ -138,7 +148,7 @@ def _check_words(
             f"{method.name} takes subjects by words, and {', '.join(pictured)} has a picture; leave it out, or use "
             "freecustom or isolation"
         )
-    if method.name in ("regional", MULTIDIFFUSION):
+    if method.name in FENCED:
         missing = [name for name in names if name not in placed]
         if method.name == "regional" and family not in REGIONAL_FAMILIES:
             raise ConfigError(
@@ -168,18 +178,12 @@ def _check_words(
         )
 
 
-def _check_composed(
-    method: Method, names: Sequence[str], placed: Sequence[str], words: str | None, prompts: Sequence[str] | None
-) -> None:
+def _check_composed(method: Method, names: Sequence[str], placed: Sequence[str], words: str | None) -> None:
     """`check_subjects` of a background and an object."""
     if len(names) != 2 or len(set(names)) != 2 or len(placed) != 1:
         raise ConfigError(
             f"{method.name} takes two pictures, a background without a box and an object with one, and "
             f"{len(names)} are given, {len(placed)} with a box; give both by NAME=IMAGE, the object's box in a layout"
-        )
-    if len(prompts or ()) > 1:
-        raise ConfigError(
-            f"{method.name} composes one picture in a call, and {len(prompts or ())} are asked for; call it for each"
         )
     if getattr(method, "confine", False) and words is not None and placed[0].lower() not in words.lower():
         raise ConfigError(
@@ -306,6 +310,7 @@ class Customizes(MultiDiffuses):
             None if scenes is None else scenes[0],
             pictured=[item.name for item in references if item.picture is not None],
             prompts=scenes,
+            negatives=[item.name for item in references if item.negative is not None],
         )
         if isinstance(chosen, MultiDiffusion):
             own = Regions(tuple(_region(item) for item in references))

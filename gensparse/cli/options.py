@@ -85,6 +85,13 @@ SUBJECT_OPTIONS: dict[str, Any] = {
     "subject_prompt": _option(
         list[str] | None, "--subject-prompt", panel=SUBJECTS, help="NAME=TEXT: what it looks like; repeat (its name)"
     ),
+    "subject_negative": _option(
+        list[str] | None,
+        "--subject-negative",
+        panel=SUBJECTS,
+        help="NAME=TEXT: what is not to be in its box, of subjects by words; repeat (that of the picture)",
+        hidden=True,
+    ),
     "layout": _option(
         Path | None, "--layout", panel=SUBJECTS, help='JSON: [{"subject": NAME, "box": [x0, y0, x1, y1]}], in 0..1'
     ),
@@ -92,8 +99,8 @@ SUBJECT_OPTIONS: dict[str, Any] = {
         _Text,
         "--subject-method",
         panel=SUBJECTS,
-        help="freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned, or by words "
-        "regional|consistory, with [:key=value,...] (freecustom)",
+        help="freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned|primecomposer, "
+        "or by words regional|consistory|multidiffusion, with [:key=value,...] (freecustom)",
     ),
 }
 
