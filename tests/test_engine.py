@@ -372,6 +372,23 @@ def test_fp8_weights_are_recorded_and_repeated(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_int8_weights_are_stored_by_torchao(tmp_path: Path) -> None:
+    run(request(), OutputOptions(paths=(tmp_path / "whole.png",)))
+    kept = []
+
+    def loader(*arguments: Any, **more: Any) -> Any:
+        kept.append(load_pipeline(*arguments, **more))
+        return kept[-1]
+
+    run(request(quantize="int8"), OutputOptions(paths=(tmp_path / "a.png",)), loader=loader)
+    weight = kept[0].transformer.transformer_blocks[0].attn.to_q.weight
+    assert type(weight).__name__ == "Int8Tensor"
+    assert (weight.qdata.dtype, weight.dtype) == (torch.int8, torch.float32)
+    whole, stored = (pixels(tmp_path / f"{name}.png").astype(int) for name in ("whole", "a"))
+    assert 0 < np.abs(stored - whole).max() <= 4
+    assert image_io.read_metadata(tmp_path / "a.png")["run"]["quantize"] == "int8"
+
+
 @pytest.mark.parametrize(("quantize", "words"), [("int8", "torchao or bitsandbytes"), ("nf4", "CUDA")])
 def test_storage_that_cannot_work_here_is_refused_before_loading(
     quantize: str, words: str, monkeypatch: pytest.MonkeyPatch

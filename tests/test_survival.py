@@ -127,15 +127,23 @@ def test_int8_linears_of_torch_ao(first: str) -> None:
     assert not torch.equal(dense, run(twin, inputs))
 
 
-def test_linears_of_torchao() -> None:
-    torchao = pytest.importorskip("torchao.quantization")
+@pytest.mark.parametrize("first", ["apply", "quantise"])
+def test_linears_of_torchao(first: str) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     model, inputs = tiny_denoiser("flux"), tiny_inputs("flux", (1, 8, 6))
+    twin = copy.deepcopy(model)
+    if first == "quantise":
+        quantize_(model, Int8WeightOnlyConfig())
     handle = gensparse.apply(model, WHOLE, strict=True)
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    if first == "apply":
+        quantize_(model, Int8WeightOnlyConfig())
     sparse = run(model, inputs)
     assert handle.report()["calls"] == {"sparse": 2, "dense": {}}
     handle.remove()
-    torch.testing.assert_close(sparse, run(model, inputs), atol=1e-5, rtol=0)
+    dense = run(model, inputs)
+    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=0)
+    assert not torch.equal(dense, run(twin, inputs))
 
 
 @pytest.mark.parametrize("name", ["wan", "sdxl"])
