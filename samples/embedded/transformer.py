@@ -36,6 +36,8 @@ class Model(torch.nn.Module):
         super().__init__()
         self.clip = clip_encoder(captions.clip)
         self.t5 = t5_encoder(captions.t5)
+        for encoder in (self.clip, self.t5):  # at these sizes the gradient of fused attention is slower
+            encoder.set_attn_implementation("eager")
         self.flux = FluxTransformer2DModel(
             patch_size=1,
             in_channels=32,
