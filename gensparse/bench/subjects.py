@@ -149,15 +149,15 @@ def checked_method(name: str) -> Any:
     """The method of a contender; None for those without pictures of subjects.
 
     Raises:
-        ConfigError: an unknown one, or a method that takes one subject only.
+        ConfigError: an unknown one, or a method that does not take a picture of each of two subjects.
     """
-    from gensparse.pipelines.customize import subject_method
+    from gensparse.pipelines.customize import NOISED, subject_method
 
     if name in (PLAIN, RENDERING):
         return None
     method = subject_method(SHARED_METHOD if name == SHARED else name)
-    if getattr(method, "fixed", None) is not None:
-        raise ConfigError(f"{method.name} takes {method.fixed} subject, and the cases have two; leave it out")
+    if method.name not in NOISED or getattr(method, "fixed", None) is not None:
+        raise ConfigError(f"{method.name} does not take pictures of two subjects, which the cases have; leave it out")
     return method
 
 

@@ -234,7 +234,7 @@ def test_usual_contenders_are_all_methods_for_two_subjects(family):
         bench.checked_method(name)
 
 
-@pytest.mark.parametrize("name", ["reference_only", "masactrl", "isolatoin", "clear:radius=8"])
+@pytest.mark.parametrize("name", ["reference_only", "masactrl", "regional", "isolatoin", "clear:radius=8"])
 def test_methods_that_cannot_have_two_subjects_are_refused(tmp_path, name):
     with pytest.raises(ConfigError):
         bench.Options(tmp_path, contenders=(name,))
