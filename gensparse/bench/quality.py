@@ -81,7 +81,7 @@ class Options:
     baselines: bool = False
     native: int = 256
     steps: int | None = None
-    guidance: float = 3.5
+    guidance: float | None = None
     dtype: str | None = None
     batch: int = 8
     threads: int = 1
@@ -237,8 +237,7 @@ class Maker:
 
     def generate(self, batch: list[Item], attention: str, draft: NativeStage | None, **way: Any) -> list[Image.Image]:
         """Pictures of one size, by our pipeline."""
-        arguments = {"attention": attention, "stage_store": draft, "num_inference_steps": self.options.steps, **way}
-        return self._run(self.pipeline, batch, arguments)
+        return self._run(self.pipeline, batch, {"attention": attention, "stage_store": draft, **way})
 
     def stock(self, item: Item) -> Image.Image:
         """The picture of diffusers' own pipeline at the size, on the same weights."""
@@ -246,8 +245,7 @@ class Maker:
         plain = next(cls for cls in type(ours).__mro__ if cls.__module__.startswith("diffusers.pipelines."))
         pipe = plain(**ours.components)
         pipe.set_progress_bar_config(disable=True)
-        facts = getattr(ours, "gensparse_config", {})
-        arguments = {"num_inference_steps": self.options.steps or facts.get("num_inference_steps", 20)}
+        facts, arguments = getattr(ours, "gensparse_config", {}), {}
         if "max_sequence_length" in facts:  # what it was trained with; padding is not masked
             arguments["max_sequence_length"] = facts["max_sequence_length"]
         return self._run(pipe, [item], arguments)[0]
@@ -260,14 +258,16 @@ class Maker:
         return self.loaded
 
     def _run(self, pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[Image.Image]:
-        side, start = self.side(batch[0]), time.time()
+        side, start, info = self.side(batch[0]), time.time(), model_info(self.options.model)
+        guidance = info.guidance if self.options.guidance is None else self.options.guidance
         pictures = pipe(
             prompt=[item.prompt.text for item in batch],
             negative_prompt=[""] * len(batch),
             height=side,
             width=side,
             generator=[torch.Generator().manual_seed(item.prompt.seed) for item in batch],
-            **{guidance_of(self.options.model): self.options.guidance},
+            num_inference_steps=self.options.steps or info.steps,
+            **{info.row.guidance: guidance},
             **arguments,
         ).images
         self.seconds |= {item.key: round((time.time() - start) / len(batch), 2) for item in batch}
@@ -285,12 +285,12 @@ def load_pipeline(options: Options) -> Any:
     return pipe
 
 
-def guidance_of(model: str | None) -> str:
-    """The argument of the model's pipeline that takes the scale of guidance."""
-    from gensparse.models import CHECKPOINTS, resolve
+def model_info(model: str | None) -> Any:
+    """What is known of a model: its steps, its guidance and the argument that takes it."""
+    from gensparse.embedded import embedded_path
+    from gensparse.models import resolve
 
-    folder = folder_of(model)
-    return CHECKPOINTS["flux"].guidance if folder is None else resolve(str(folder)).info.row.guidance
+    return resolve(str(folder_of(model) or embedded_path())).info
 
 
 def folder_of(model: str | None) -> Path | None:
@@ -565,7 +565,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--baselines", action="store_true", help="bicubic and renderings only, without a model")
     parser.add_argument("--native", type=int, default=256, help="pixels per side of the model's native size")
     parser.add_argument("--steps", type=int, help="of the native stage; the model's own without")
-    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--guidance", type=float, help="scale of guidance; the model's own without")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on cpu, bfloat16 on cuda without")
     parser.add_argument("--batch", type=int, default=8, help="native pictures made at once")
     parser.add_argument("--threads", type=int, default=1, help="per worker")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from gensparse.bench.quality import folder_of, guidance_of, median_seconds, shown
+from gensparse.bench.quality import folder_of, median_seconds, model_info, shown
 from gensparse.bench.record import origin
 from gensparse.bench.store import Store
 from gensparse.bench.subject_cases import Case, cases
@@ -73,7 +73,7 @@ class Options:
         device: "cpu" or "cuda", of the pipeline; the reader is always on the CPU.
         workers: processes that share cases and device; threads: of the processor, per worker.
         dtype: "float32" (default of "cpu") or "bfloat16" (of "cuda").
-        steps, guidance: of the model's pipeline.
+        steps, guidance: of the model's pipeline; its own without.
     """
 
     run: Path
@@ -87,7 +87,7 @@ class Options:
     threads: int = 1
     dtype: str | None = None
     steps: int | None = None
-    guidance: float = 3.5
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         check_workers(self.device, self.workers)
@@ -194,16 +194,17 @@ class Maker:
     def __call__(self, item: Item) -> Image.Image:
         if item.method == RENDERING:
             return Image.fromarray(render(item.case.scene, item.size, item.size))
-        larger = item.size > NATIVE
+        larger, info = item.size > NATIVE, model_info(self.options.model)
+        guidance = info.guidance if self.options.guidance is None else self.options.guidance
         return self.pipeline(
             prompt=item.case.text,
             negative_prompt="",
             height=item.size,
             width=item.size,
-            num_inference_steps=self.options.steps,
+            num_inference_steps=self.options.steps or info.steps,
             generator=torch.Generator().manual_seed(item.case.seed),
             attention=self.options.attention if larger else "dense",
-            **{guidance_of(self.options.model): self.options.guidance},
+            **{info.row.guidance: guidance},
             **subject_arguments(item),
         ).images[0]
 
