@@ -296,7 +296,7 @@ def metadata_text(metadata: Mapping[str, Any]) -> str:
 
 def without_prompt(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The same metadata with all prompts removed from the request."""
-    prompts = ("prompt", "negative_prompt", "regions", "subject_prompt", "more_prompts")
+    prompts = ("prompt", "negative_prompt", "regions", "subject_prompt", "subject_negative", "more_prompts")
     request = {k: v for k, v in metadata.get("request", {}).items() if k not in prompts}
     return {**metadata, "request": request, "prompt_omitted": "asked"}
 

@@ -298,11 +298,12 @@ class CustomizeRequest(GenerateRequest):
     layout: tuple[tuple[str, float, float, float, float], ...] = ()  # (name, left, top, right, bottom) in 0..1
     subject_method: str = "freecustom"
     subject_prompt: tuple[str, ...] = ()  # NAME=TEXT each: of the subject's pictures or region, else its name
+    subject_negative: tuple[str, ...] = ()  # NAME=TEXT each: what is not to be in its region, for subjects by words
     more_prompts: tuple[str, ...] = ()  # of further pictures, where the method draws several together
 
     def _normalise(self) -> None:
         super()._normalise()
-        for name in ("subject", "subject_prompt", "more_prompts"):
+        for name in ("subject", "subject_prompt", "subject_negative", "more_prompts"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         if self.more_prompts and self.num_images == 1:
             object.__setattr__(self, "num_images", len(self.prompts))
@@ -314,12 +315,15 @@ class CustomizeRequest(GenerateRequest):
             _check_word("subject", item)
         for item in self.subject_prompt:
             _check_text("subject_prompt", item)
+        for item in self.subject_negative:
+            _check_text("subject_negative", item)
         for item in self.more_prompts:
             _check_text("prompt", item)
         names = list(self.shown)
         if not names:
             raise ConfigError("no subject is given; add --subject NAME=IMAGE for each, or use generate")
         parse_prompts(self.subject_prompt, names)
+        parse_prompts(self.subject_negative, names, "negative prompt")
         object.__setattr__(self, "layout", check_layout(self.layout, names))
         self._check_set()
 

@@ -24,6 +24,10 @@ def upscale_request(flags: Mapping[str, Any], prompt: str | None, image: Path) -
     return _build(UpscaleRequest, flags, prompt, {"image": str(image)})
 
 
+PLACED = ("regional", "multidiffusion")
+"""Methods whose subjects are words in places: a layout says all of them."""
+
+
 def customize_request(
     flags: Mapping[str, Any], prompt: str | None, more_prompts: Sequence[str] = ()
 ) -> CustomizeRequest:
@@ -34,7 +38,7 @@ def customize_request(
         from gensparse.subjects.naming import layout_names, read_layout
 
         given["layout"] = read_layout(flags["layout"])
-        if "subject" not in flags and flags.get("subject_method", "").partition(":")[0] == "regional":
+        if "subject" not in flags and flags.get("subject_method", "").partition(":")[0] in PLACED:
             own["subject"] = layout_names(given["layout"])
     return _build(CustomizeRequest, own, prompt, given)
 

@@ -16,7 +16,7 @@ from gensparse.errors import Cancelled, ConfigError
 if TYPE_CHECKING:
     from gensparse.engine.story import StoryRun, TurnResult
 
-OF_THE_STORY = ("subject", "subject_prompt", "layout", "num_images", "negative_prompt", "from_file")
+OF_THE_STORY = ("subject", "subject_prompt", "subject_negative", "layout", "num_images", "negative_prompt", "from_file")
 """Flags that a story has in its file."""
 
 

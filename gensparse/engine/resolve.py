@@ -17,7 +17,7 @@ from gensparse.engine.machine import (
     quantizers,
 )
 from gensparse.engine.plans import acting_way, asked_way, is_large, planned_stages
-from gensparse.engine.subjects import check_customize, drawn_at_once, native_runs, pictures_beside
+from gensparse.engine.subjects import check_customize, drawn_at_once, larger_runs, native_runs, pictures_beside
 from gensparse.engine.values import Resolved
 from gensparse.errors import ConfigError
 from gensparse.estimate import DTYPE_BYTES, Estimate, Memory, StageShape, calibrate, estimate, stored_bytes
@@ -254,7 +254,8 @@ def _shape(resolved: Resolved, stage: "Stage", *, native: bool) -> StageShape:
         return StageShape(*size, stage.steps, passes=passes, **windows)
     attention = attention_at(resolved, *size)
     density = 1.0 if attention == "dense" else attention_density(attention, *size, info)
-    return StageShape(*size, stage.steps, attention, density, passes, beside=drawn_at_once(resolved.request))
+    steps = stage.steps * larger_runs(resolved.request)
+    return StageShape(*size, steps, attention, density, passes, beside=drawn_at_once(resolved.request))
 
 
 def _windows(resolved: Resolved, size: tuple[int, int]) -> dict[str, Any] | None:

@@ -34,6 +34,10 @@ AT_ONCE = ("none", "direct")
 """Ways that have no stage beyond the first."""
 
 
+FUSED = "multidiffusion"
+"""The method with a call of the denoiser per subject, and one for the rest."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cast:
     """The subjects of a request.
@@ -59,6 +63,7 @@ def read_cast(request: Request) -> Cast | None:
 
     boxes = {name: tuple(box) for name, *box in request.layout}
     prompts = parse_prompts(request.subject_prompt, list(request.shown))
+    negatives = parse_prompts(request.subject_negative, list(request.shown), "negative prompt")
     references: list[Reference] = []
     facts: dict[str, Any] = {}
     for name, shown in request.shown.items():
@@ -74,6 +79,7 @@ def read_cast(request: Request) -> Cast | None:
                 None if not read else masks[0] if one else masks,
                 boxes.get(name),
                 prompts.get(name),
+                negatives.get(name),
             )
         )
     return Cast(tuple(references), facts)
@@ -112,6 +118,10 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
             "customize works with FLUX.1, Stable Diffusion 1.5, XL and 3, and PixArt, not with "
             f"{row.title} ({info.alias}); choose another -m"
         )
+    from gensparse.pipelines.customize import check_subjects, subject_method
+    from gensparse.pipelines.unet_multidiffusion import WINDOWED
+
+    method = subject_method(request.subject_method)
     if WAYS[asked.name].method:
         raise ConfigError(
             f"--highres {asked.name} has attention of its own where subjects act; use --highres cascade or none"
@@ -121,19 +131,22 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
             f"--attention {request.attention} would act in the first stage, where subjects do; use --highres cascade, "
             "whose larger stages take it, or leave --attention out"
         )
-    from gensparse.pipelines.customize import check_subjects, subject_method
-
+    if method.name == FUSED and asked.name in WINDOWED:
+        raise ConfigError(
+            f"--highres {asked.name} denoises windows on their own, and {FUSED} has regions; use --highres cascade"
+        )
     family = FAMILIES.get(row.highres, "UNet")
     shown = request.shown
     pictures = max(len(request.seed), request.num_images)
     check_subjects(
-        subject_method(request.subject_method),
+        method,
         family,
         [name for name, own in shown.items() for _ in own or (None,)],
         [name for name, *_ in request.layout],
         request.prompt,
         pictured=[name for name, own in shown.items() if own],
         prompts=request.prompts if request.more_prompts else (request.prompt,) * pictures,
+        negatives=list(parse_prompts(request.subject_negative, list(shown), "negative prompt")),
     )
     empty = next((number for number, text in enumerate(request.prompts, 1) if not text.strip()), None)
     if empty is not None and request.more_prompts:
@@ -154,12 +167,24 @@ def drawn_at_once(request: Request) -> int:
 
 
 def native_runs(request: Request) -> int:
-    """How often the native stage runs."""
-    if not (isinstance(request, CustomizeRequest) and request.together):
+    """How often the native stage runs, in calls of the denoiser per step."""
+    return _runs(request, native=True)
+
+
+def larger_runs(request: Request) -> int:
+    """The same of the stages beyond it."""
+    return _runs(request, native=False)
+
+
+def _runs(request: Request, *, native: bool) -> int:
+    if not isinstance(request, CustomizeRequest):
         return 1
     from gensparse.pipelines.customize import subject_method
 
-    return 2 if getattr(subject_method(request.subject_method), "inject", 0) else 1
+    method = subject_method(request.subject_method)
+    if method.name == FUSED:
+        return 1 + len(request.shown) if native or method.larger else 1
+    return 2 if native and getattr(method, "inject", 0) else 1
 
 
 def arguments_of(request: Request, cast: Cast | None) -> dict[str, Any]:

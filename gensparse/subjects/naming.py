@@ -122,8 +122,11 @@ def check_pictures(counts: Sequence[int]) -> None:
         )
 
 
-def parse_prompts(items: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+def parse_prompts(items: Sequence[str], names: Sequence[str], what: str = "prompt") -> dict[str, str]:
     """{name: text} of NAME=TEXT each.
+
+    Args:
+        what: the texts are, for messages.
 
     Raises:
         ConfigError: text of another form, or a name that is no subject's or is there twice.
@@ -132,13 +135,13 @@ def parse_prompts(items: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     for item in items:
         name, equals, text = (part.strip() for part in item.partition("="))
         if not (name and equals and text):
-            raise ConfigError(f'subject prompt {short(item)} is not NAME=TEXT; write cat="a grey cat"')
+            raise ConfigError(f'subject {what} {short(item)} is not NAME=TEXT; write cat="a grey cat"')
         if name not in names:
             raise ConfigError(
-                f"a prompt is given for {name[:60]!r}, and subjects are {', '.join(names)[:120]}; use those names"
+                f"a {what} is given for {name[:60]!r}, and subjects are {', '.join(names)[:120]}; use those names"
             )
         if name in found:
-            raise ConfigError(f"two prompts are given for {name[:60]!r}; give every subject one")
+            raise ConfigError(f"two {what}s are given for {name[:60]!r}; give every subject one")
         found[name] = text
     return found
 
