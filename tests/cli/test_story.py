@@ -326,6 +326,14 @@ def test_sets_and_stories_of_unets(cli: Cli, story: Callable[..., None], calls: 
     assert read_metadata("turns/turn-02.png")["run"]["attention"][0]["subjects"]["names"] == ["fox", "cat", "cat (2)"]
 
 
+def test_the_story_on_the_page_is_one() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "subjects.md").read_text()
+    block = page.split("## Stories")[1].split("```json\n")[1].split("```")[0]
+    found = Story.of(json.loads(block))
+    assert [turn.subjects for turn in found.turns] == [("dog",), ("cat", "dog"), ("cat", "dog"), ("cat", "fox")]
+    assert found.actor("cat").shown[1].box == (0.1, 0.2, 0.9, 1.0)
+
+
 def changed(**changes: Any) -> dict[str, Any]:
     return {**STORY, **changes}
 
