@@ -23,7 +23,7 @@ class IsolationReposition(SubjectMethod):
     where it is in its portrait (`mask`) and where it is to be in the scene (`region`). In the scene, tokens of
     different subjects do not see each other (isolation). In the sharing layers the portrait's subject is cut out,
     resized onto the box of its region, and seen by the tokens of that region (reposition). And tokens of a region look
-    for the most part at the portrait's prompt instead of the scene's (mutual cross-attention, UNets only).
+    for the most part at the portrait's prompt instead of the scene's (mutual cross-attention, UNets and PixArt).
 
     Regions that overlap are made disjoint: the later subject wins. Where they come from is up to you: a rehearsal of
     the scene and a detector as published, boxes, or drawn masks. Published for SDXL models at 1280 x 768. In a UNet

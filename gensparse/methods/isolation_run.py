@@ -20,6 +20,9 @@ from gensparse.subjects.cast import Subjects
 from gensparse.subjects.masks import apart, token_mask
 from gensparse.subjects.reposition import Move, reposition
 
+CROSSED = ("UNet", "PixArt")
+"""Families whose blocks have a cross-attention to text behind their self-attention."""
+
 if TYPE_CHECKING:
     from gensparse.methods.isolation_reposition import IsolationReposition
 
@@ -93,7 +96,7 @@ class IsolationRun(SubjectRun):
         self._shown: dict[tuple[Grid2, int], Shown] = {}
         self._grids: dict[str, Grid2] = {}
         self._model, self._rotary = subject.model, {}
-        self._crosses = subject.family == "UNet" and method.cross > 0
+        self._crosses = subject.family in CROSSED and method.cross > 0
         if self._crosses:
             self.hooks = [
                 module.register_forward_hook(partial(self._mutual, places[name].role), with_kwargs=True)
@@ -168,7 +171,7 @@ class IsolationRun(SubjectRun):
     def _seen(self, k: Tensor, v: Tensor, move: Move, queries: np.ndarray, rotary: Rotary | None) -> Seen:
         source, place = move.source.to(k.device), move.place.to(k.device)
         keys = k[source] if rotary is None else turned_to(k[source], rotary, source, place)
-        return Seen(keys, v[source], bias=self.method.bias, queries=queries)
+        return Seen(keys, v[source], bias=self.method.bias or 0.0, queries=queries)
 
     def _rotary_of(self, site: SharedSite, layout: Layout) -> Rotary | None:
         notes = self._rotary.get(site.name)
@@ -195,11 +198,12 @@ class IsolationRun(SubjectRun):
         for place in range(len(batch.halves)):
             portraits = [batch.row(place, number) for number in range(batch.references)]
             for row in range(batch.row(place, batch.references), batch.row(place, batch.items)):
-                own = {name: _row(value, row, len(hidden)) for name, value in rest.items()}
-                answers = [
-                    module.forward(hidden[row : row + 1], encoder_hidden_states=_row(text, n, len(hidden)), **own)[0]
-                    for n in portraits
-                ]
+                answers = []
+                for n in portraits:  # their text, and which of its tokens are padding
+                    told = {key: n if key == "attention_mask" else row for key in rest}
+                    own = {key: _row(value, told[key], len(hidden)) for key, value in rest.items()}
+                    words = _row(text, n, len(hidden))
+                    answers.append(module.forward(hidden[row : row + 1], encoder_hidden_states=words, **own)[0])
                 mixed[row] = mutual(out[row], torch.stack(answers), targets, self.method.cross)
         return mixed
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gensparse
 from gensparse import Concept, Subjects
-from gensparse.methods import FreeCustom, ReferenceOnly
+from gensparse.methods import FreeCustom, IsolationReposition, ReferenceOnly
 from gensparse.testing.tiny import tiny_denoiser, tiny_inputs
 
 GRID = (1, 5, 7)
@@ -75,6 +75,25 @@ def test_a_picture_that_sees_itself_twice_is_plain_where_no_text_is_beside_it(na
     out = made(name, (2, 2), FreeCustom(weights=weight, layers="all"), np.ones(GRID[1:]))
     same = torch.allclose(out, made(name, (2,)), rtol=0, atol=2e-5)
     assert same == (name == "pixart")
+
+
+def test_regions_read_the_text_of_their_portrait_in_cross_attention(name: str) -> None:
+    """With a region of everything the scene is what it is under the portrait's text, padding included.
+
+    Joint attention has the scene's text alone.
+    """
+    given = tiny_inputs(name, GRID, batch=2, **({"lengths": (3, 5)} if name == "pixart" else {}))
+    subjects = Subjects(Concept("cat", region=np.ones(GRID[1:])))
+    net, told = denoiser(name), ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+    alone = {key: x[:1] if key in told else x[1:] if isinstance(x, Tensor) else x for key, x in given.items()}
+    with torch.no_grad():
+        expected = net(**alone, return_dict=False)[0][0]
+        with gensparse.applied(net, IsolationReposition(cross=1.0, layers="isolated"), subjects=subjects, strict=True):
+            out = net(**given, return_dict=False)[0][1]
+        plain = net(**given, return_dict=False)[0][1]
+    same, other = (expected, plain) if name == "pixart" else (plain, expected)
+    torch.testing.assert_close(out, same, rtol=0, atol=1e-5)
+    assert not torch.allclose(out, other, atol=1e-3)
 
 
 METHODS = {"freecustom": FreeCustom(layers="0"), "reference_only": ReferenceOnly(layers="0", adain=False)}
