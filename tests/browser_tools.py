@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 REQUIRED = os.environ.get("GENSPARSE_BROWSER") == "required"
 """Set where a missing browser is a failure instead of a reason to skip."""
@@ -30,6 +32,11 @@ def why_not() -> str | None:
     if missing:
         return f"{' and '.join(missing)} not installed; pip install 'gensparse[dev]'"
     return None if program() else "there is no Chromium; apt-get install chromium"
+
+
+REASON = why_not()
+NEEDED = pytest.mark.skipif(REASON is not None and not REQUIRED, reason=str(REASON))
+"""For modules with tests that drive a browser."""
 
 
 @contextmanager
@@ -143,6 +150,19 @@ def natural(page: Any, selector: str) -> tuple[int, int]:
     """(width, height) in pixels of the file behind an <img>."""
     size = page.locator(selector).first.evaluate("img => [img.naturalWidth, img.naturalHeight]")
     return size[0], size[1]
+
+
+def drag(page: Any, selector: str, *places: tuple[float, float]) -> None:
+    """Draw over an element with the button held, from place to place in shares of its width and height."""
+    target = page.locator(selector).first
+    target.scroll_into_view_if_needed()
+    box = target.bounding_box()
+    points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in places]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.mouse.up()
 
 
 def click_pixel(page: Any, selector: str, x: float, y: float) -> None:

@@ -149,7 +149,7 @@ def _draw_subject(app: App, fields: dict[str, Any], number: int) -> None:
         )  # fmt: skip
     fields[picture] = gr.File(
         label=f"Its picture, up to {app.limits.upload // 1_000_000} MB", file_count="single", type="filepath",
-        file_types=uploads.FILE_TYPES, height=120, elem_id=f"gs-customize-picture-{number}",
+        file_types=uploads.FILE_TYPES, height=150, elem_id=f"gs-customize-picture-{number}",
     )  # fmt: skip
     seen = gr.HTML("", elem_id=f"gs-customize-seen-{number}")
     fields[f"words_{number}"] = gr.Textbox(

@@ -65,8 +65,7 @@ class Tale:
             }
             for turn in story.turns
         ]
-        kept = [{k: v for k, v in item.items() if v is not None} for item in subjects]
-        return json.dumps({"method": story.method, "subjects": kept, "turns": turns}, indent=1, ensure_ascii=False)
+        return f'{{"method": {_json(story.method)},\n "subjects": [{_lines(subjects)}],\n "turns": [{_lines(turns)}]}}'
 
 
 def begin(app: App, owner: str, request: CustomizeRequest, **facts: Any) -> Job:
@@ -137,6 +136,16 @@ def told(app: App, job: Job) -> list[Job]:
     own = job.facts.get("tale")
     done = [other for other in app.jobs.of(job.owner) if _is_turn(other, own) and other.state is State.DONE]
     return done[::-1]
+
+
+def _lines(items: list[dict[str, Any]]) -> str:
+    """Objects as JSON, one a line, without what is not said."""
+    kept = [{name: value for name, value in item.items() if value is not None} for item in items]
+    return ",".join(f"\n  {_json(item)}" for item in kept)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False)
 
 
 def _newest(app: App, owner: str, job: Job) -> Tale:

@@ -1,11 +1,9 @@
 """The page in a real browser: one server and one browser for all of it, the embedded model at small sizes."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import browser_tools as tools
-import pytest
 from PIL import Image
 
 from gensparse.app.lab import scale_for
@@ -13,35 +11,7 @@ from gensparse.image_io import write_image
 from gensparse.patterns.draw import BARE_TOP, MARGIN
 from gensparse.request import GenerateRequest
 
-REASON = tools.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None and not tools.REQUIRED, reason=str(REASON))
-
-
-@pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """A browser with one visitor, and the server's address as `context.url`."""
-    assert REASON is None, f"the tests of the page must run here: {REASON}"
-    from gensparse.app import Server
-
-    folder = tmp_path_factory.mktemp("page")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CONFIG_HOME", str(folder / "home"))
-        patch.setenv("HOME", str(folder / "home"))
-        with Server(tools.settings_for(folder)) as server, tools.chromium() as browser:
-            made = browser.new_context(viewport={"width": 1280, "height": 900})
-            made.url = server.url
-            yield made
-            made.close()
-
-
-@pytest.fixture
-def page(context) -> Iterator:
-    """A fresh page; nothing in it may complain, and it may talk to its own server only."""
-    opened, watch = tools.open_page(context, context.url)
-    yield opened
-    opened.close()
-    assert not watch.errors
-    assert not watch.foreign
+pytestmark = tools.NEEDED
 
 
 def generate(page, *, size: str = "256x256", steps: int = 4, prompt: str = "a red circle") -> None:
@@ -204,7 +174,7 @@ def test_the_history_keeps_pictures_and_presets(page) -> None:
 def test_narrow_screens_do_not_scroll_sideways(context) -> None:
     page, watch = tools.open_page(context.browser, context.url, viewport={"width": 400, "height": 800})
     try:
-        for tab in ("Generate", "Upscale", "Attention lab", "History and presets"):
+        for tab in ("Generate", "Upscale", "Customize", "Attention lab", "History and presets"):
             tools.go(page, tab)
             if tab == "Attention lab":
                 page.locator("#gs-lab-costs table").wait_for()
