@@ -4,6 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "ChromaDirectPipeline": "gensparse.pipelines.chroma_direct",
+    "Flux2DirectPipeline": "gensparse.pipelines.flux2_direct",
+    "Flux2KleinDirectPipeline": "gensparse.pipelines.flux2_direct",
+    "HunyuanImageDirectPipeline": "gensparse.pipelines.hunyuanimage_direct",
+    "Lumina2DirectPipeline": "gensparse.pipelines.lumina2_direct",
+    "ZImageDirectPipeline": "gensparse.pipelines.zimage_direct",
     "CUpscale": "gensparse.pipelines.c_upscale",
     "ClearStages": "gensparse.pipelines.flux_ways",
     "FluxCustomizePipeline": "gensparse.pipelines.flux_customize",
@@ -25,9 +31,14 @@ _EXPORTS = {
 
 __all__ = [
     "CUpscale",
+    "ChromaDirectPipeline",
     "ClearStages",
+    "Flux2DirectPipeline",
+    "Flux2KleinDirectPipeline",
     "FluxCustomizePipeline",
     "FluxHighresPipeline",
+    "HunyuanImageDirectPipeline",
+    "Lumina2DirectPipeline",
     "MultiDiffusion",
     "PixArtCustomizePipeline",
     "PixArtHighresPipeline",
@@ -40,14 +51,19 @@ __all__ = [
     "SDXLHighresPipeline",
     "ScaleDiTStages",
     "VisionCaptioner",
+    "ZImageDirectPipeline",
     "highres_class",
 ]
 
 if TYPE_CHECKING:
     from gensparse.pipelines.c_upscale import CUpscale
+    from gensparse.pipelines.chroma_direct import ChromaDirectPipeline
+    from gensparse.pipelines.flux2_direct import Flux2DirectPipeline, Flux2KleinDirectPipeline
     from gensparse.pipelines.flux_customize import FluxCustomizePipeline
     from gensparse.pipelines.flux_highres import FluxHighresPipeline
     from gensparse.pipelines.flux_ways import ClearStages, ScaleDiTStages
+    from gensparse.pipelines.hunyuanimage_direct import HunyuanImageDirectPipeline
+    from gensparse.pipelines.lumina2_direct import Lumina2DirectPipeline
     from gensparse.pipelines.multidiffusion import MultiDiffusion
     from gensparse.pipelines.pixart_customize import PixArtCustomizePipeline
     from gensparse.pipelines.pixart_highres import PixArtHighresPipeline
@@ -59,6 +75,7 @@ if TYPE_CHECKING:
     from gensparse.pipelines.sd15_highres import SD15HighresPipeline
     from gensparse.pipelines.sdxl_customize import SDXLCustomizePipeline
     from gensparse.pipelines.sdxl_highres import SDXLHighresPipeline
+    from gensparse.pipelines.zimage_direct import ZImageDirectPipeline
     from gensparse.subjects.captions import VisionCaptioner
 
 

@@ -18,6 +18,25 @@ BY_DENOISER = {
 }
 """Class of the denoiser -> pipeline of stages."""
 
+AT_ONCE = {
+    "ChromaTransformer2DModel": "ChromaDirectPipeline",
+    "Flux2Transformer2DModel": "Flux2DirectPipeline",
+    "Lumina2Transformer2DModel": "Lumina2DirectPipeline",
+    "ZImageTransformer2DModel": "ZImageDirectPipeline",
+    "HunyuanImageTransformer2DModel": "HunyuanImageDirectPipeline",
+}
+"""Class of the denoiser -> pipeline that makes the size at once, with stretched positions."""
+
+NOT_AT_ONCE = {
+    "CogView4Transformer2DModel": "its positions are shares of the picture, the same at every size",
+    "HiDreamImageTransformer2DModel": "its pipeline makes every size one of the trained area",
+    "HunyuanDiT2DModel": "its pipeline puts every size on the positions of training",
+    "AuraFlowTransformer2DModel": "its positions are a learned table without rotary frequencies",
+    "CogView3PlusTransformer2DModel": "its positions are a table without rotary frequencies",
+    "SanaTransformer2DModel": "it has no positions",
+}
+"""Class of a denoiser of pictures -> why there is nothing to stretch."""
+
 OTHER_TASKS = r"Edit|Layered|Fill|Kontext|Control(?!Net)"
 """In the names of pipelines whose models take pictures beside the one they make, which no stages have."""
 
@@ -38,11 +57,15 @@ def highres_name(pipeline: Any) -> str:
     for name in names:
         if name in BY_DENOISER:
             return BY_DENOISER[name]
+        if name in AT_ONCE:
+            found = AT_ONCE[name]
+            return found.replace("Flux2", "Flux2Klein") if "Klein" in kind else found
     if "UNet2DConditionModel" in names:
         return "SDXLHighresPipeline" if getattr(pipeline, "text_encoder_2", None) is not None else "SD15HighresPipeline"
+    why = next((f", and {NOT_AT_ONCE[name]}" for name in names if name in NOT_AT_ONCE), "")
     raise ConfigError(
-        f"{kind} ({names[0]}) has no stages yet; FLUX.1, Stable Diffusion 3, QwenImage, PixArt, Stable Diffusion XL "
-        "and 1.5 have. Use gensparse.apply(pipe, method) with its own pipeline, or enlarge its picture with one of "
+        f"{kind} ({names[0]}) has no stages yet{why}; FLUX.1, Stable Diffusion 3, QwenImage, PixArt, Stable Diffusion "
+        "XL and 1.5 have. Use gensparse.apply(pipe, method) with its own pipeline, or enlarge its picture with one of "
         "those (image=...)."
     )
 

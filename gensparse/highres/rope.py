@@ -20,6 +20,8 @@ def base_frequencies(dim: int, theta: float) -> torch.Tensor:
 
 def ntk_theta(theta: float, dim: int, scale: float, power: float = 1.0) -> float:
     """NTK-aware base: theta * scale^(power * dim / (dim - 2)), never below theta."""
+    if dim <= 2:  # a single frequency is 1 for every base
+        return theta
     return theta * max(1.0, scale ** (power * dim / (dim - 2)))
 
 
@@ -181,6 +183,8 @@ def interpolated(ids: torch.Tensor, zoom: float, offset: float = 0.0) -> torch.T
 class PositionTable(torch.nn.Module):
     """Takes the place of FluxTransformer2DModel.pos_embed: token ids [S, 3] -> (cos, sin), each float32 [S, D].
 
+    Columns 1 and 2 of the ids are row and column; FLUX.2 has a fourth one.
+
     The last `grid[0] * grid[1]` rows of the ids are the image in raster order, everything before is text and keeps its
     ids. Ids stay integers, so whoever reads the grid from them still can.
 
@@ -252,10 +256,11 @@ class PositionTable(torch.nn.Module):
 
     def _frequencies(self, time: float) -> list[tuple[torch.Tensor, float]]:
         spatial = spatial_frequencies(
-            self.rule, self.axes_dim[1:], self.theta, self.grid, self.native, time, self.isotropic
+            self.rule, self.axes_dim[1:3], self.theta, self.grid, self.native, time, self.isotropic
         )
-        # axis 0 (constant ids; reference number in Kontext) is never rescaled
-        return [(base_frequencies(self.axes_dim[0], self.theta), 1.0), *spatial]
+        # others (constant ids, the reference's number in Kontext, the place in FLUX.2's text) are never rescaled
+        first, *more = ((base_frequencies(dim, self.theta), 1.0) for dim in (self.axes_dim[0], *self.axes_dim[3:]))
+        return [first, *spatial, *more]
 
 
 def axis_table(positions: torch.Tensor, frequencies: torch.Tensor, mscale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from rope_formulas import frequencies
+from rope_formulas import wave as rotation
 
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage
@@ -46,35 +48,9 @@ def call(name):
     return arguments
 
 
-# --- formulas of the papers, in float64
-
-
-def frequencies(dim: int, theta: float, tokens: int, time: float) -> tuple[list[float], float]:
-    """Of an axis, and the factor of its cos and sin: YaRN with vision constants; DyPE (2510.20766) where `time` < 1."""
-    base = [theta ** (-2 * j / dim) for j in range(dim // 2)]
-    scale = tokens / NATIVE
-    if scale <= 1:
-        return base, 1.0
-    kappa = time**2
-
-    def kept(high: float, low: float) -> list[float]:
-        first, last = (dim * math.log(NATIVE / (n * kappa * 2 * math.pi)) / (2 * math.log(theta)) for n in (high, low))
-        first, last = max(0, math.floor(first)), min(dim / 2, math.ceil(last), dim - 1)
-        if first >= dim / 2 or last < first:  # every frequency turns often enough
-            return [1.0] * (dim // 2)
-        last += 0.001 * (first == last)
-        return [1 - min(1.0, max(0.0, (j - first) / (last - first))) for j in range(dim // 2)]
-
-    ntk = [(theta * scale ** (dim / (dim - 2))) ** (-2 * j / dim) for j in range(dim // 2)]
-    mixed = [b / scale * (1 - m) + n * m for b, n, m in zip(base, ntk, kept(1.25, 0.75), strict=True)]
-    mixed = [f * (1 - m) + b * m for f, b, m in zip(mixed, base, kept(16, 2), strict=True)]
-    return mixed, 1 + 0.1 * math.log(scale)
-
-
 def wave(position: float, dim: int, tokens: int | None, time: float) -> list[complex]:
-    """factor * exp(i * position * frequency); without tokens the axis is not stretched."""
-    found, factor = frequencies(dim, 10000.0, tokens or 1, time)
-    return [factor * complex(math.cos(position * f), math.sin(position * f)) for f in found]
+    """Rotation of an axis of so many tokens; without tokens the axis is not stretched."""
+    return rotation(position, frequencies(dim, 10000.0, tokens or 1, NATIVE, time))
 
 
 def expected_tables(name: str, rows: int, cols: int, text: int, axes, time: float) -> tuple[torch.Tensor, torch.Tensor]:

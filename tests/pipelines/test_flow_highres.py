@@ -521,10 +521,10 @@ def test_families_without_stages_are_named(sd3, qwen):
     expected |= {"sdxl": SDXLHighresPipeline, "sd15": SD15HighresPipeline}
     for name, cls in expected.items():
         assert highres_class(tiny_pipeline(name)) is cls
-    lumina = tiny_pipeline("lumina2")
+    cogview = tiny_pipeline("cogview4")
     for meet in (highres_class, SD3HighresPipeline.from_pipe, FluxHighresPipeline.from_pipe):
-        with pytest.raises(ConfigError, match=r"Lumina2Pipeline .* no stages yet; FLUX.1, Stable Diffusion 3"):
-            meet(lumina)
+        with pytest.raises(ConfigError, match=r"CogView4Pipeline .* no stages yet, .*; FLUX.1, Stable Diffusion 3"):
+            meet(cogview)
     with pytest.raises(ConfigError, match=r"use QwenImageHighresPipeline\.from_pipe"):
         SD3HighresPipeline.from_pipe(qwen)
     edit = type("QwenImageEditPipeline", (type(qwen),), {})(**qwen.components)
