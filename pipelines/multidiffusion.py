@@ -187,7 +187,7 @@ class Fusion:
     texts: list[Any] | None = None
     acting: bool = False
     scene: Scene | None = None
-    _masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def masks(self, cells: tuple[int, int], scale: int, device: torch.device) -> torch.Tensor:
         """Weights float32 [P + 1, 1, h, w] of the call's prompt, which has what no region covers, and of the regions.
@@ -198,7 +198,8 @@ class Fusion:
         Raises:
             ConfigError: a region that has an area and no cell.
         """
-        if cells not in self._masks:
+        key = (cells, device)
+        if key not in self._masks:
             size = (cells[0] * scale, cells[1] * scale)
             planes = torch.stack([_corners(item, size, scale) for item in self.regions])
             found = latent_masks(planes, cells)
@@ -210,8 +211,8 @@ class Fusion:
                         f"{size[1]}x{size[0]}; make it larger, or the picture."
                     )
                 mask *= item.weight
-            self._masks[cells] = found
-        return self._masks[cells].to(device)
+            self._masks[key] = found.to(device)
+        return self._masks[key]
 
     def fused(
         self,

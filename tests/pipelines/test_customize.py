@@ -289,6 +289,20 @@ def test_guidance_that_ends_and_generators_of_every_picture(sdxl) -> None:
     assert sdxl(**call("sdxl", **pair), subjects=[CAT]).images.shape[0] == 2
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"guidance_stages": ()}, {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}],
+    ids=["unguided stage", "skipped layers"],
+)
+def test_calls_of_one_half_are_read_as_such(more) -> None:
+    pipe = SD3CustomizePipeline.from_pipe(tiny_pipeline("sd3"))
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(**call("sd3", **more), subjects=[CAT, DOG]).images
+    assert torch.isfinite(out).all()
+    pictures = pipe.attention_report[0]["subjects"]["pictures"]  # of the last call
+    assert pictures == {"halves": 1, "references": ["cat", "dog"], "banked": False, "generated": 1}
+
+
 def test_magicface_finds_words_in_the_prompt(sdxl) -> None:
     plain = sdxl(**call("sdxl")).images
     free = [Reference("cat", picture(0)), Reference("dog", picture(1))]

@@ -9,6 +9,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from diffusers.callbacks import SD3CFGCutoffCallback, SDXLCFGCutoffCallback
 
 from gensparse import Reference, Region
 from gensparse.errors import ConfigError
@@ -184,6 +185,23 @@ def test_beyond_the_trained_size_it_sees_windows(name, pipe, monkeypatch) -> Non
     assert views == len(settings.views((height // scale, width // scale), 16, 2))
     halves = 2 if name == "flux" else 1
     assert views * halves < len(shapes) < 3 * views * halves  # regions are asked for where they are
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("sdxl", {"callback_on_step_end": SDXLCFGCutoffCallback(None, 1)}),
+        ("sd3", {"callback_on_step_end": SD3CFGCutoffCallback(None, 1)}),
+        ("sd3", {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}),
+        ("sd3", {"guidance_stages": ()}),
+    ],
+    ids=["sdxl cutoff", "sd3 cutoff", "sd3 skipped layers", "sd3 unguided stage"],
+)
+def test_regions_follow_the_guidance_of_the_call(family, more) -> None:
+    pipe = made(family)
+    plain = pipe(**call(family, prompt="a cat", num_inference_steps=2, **more)).images
+    whole = pipe(**call(family, num_inference_steps=2, **more), regions=[Region("a cat", box=FULL)]).images
+    assert torch.equal(whole, plain)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
