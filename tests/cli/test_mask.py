@@ -11,7 +11,7 @@ from tiny_model import tiny_family
 
 from gensparse.highres.faithful import keep_to
 from gensparse.highres.marked import plain_enlargement, soft_mask
-from gensparse.image_io import read_metadata
+from gensparse.image_io import read_mask, read_metadata
 
 Cli = Callable[..., tuple[int, str, str]]
 STRONG = ("--steps", "2", "--strength", "1", "-s", "3")
@@ -35,59 +35,41 @@ def pixels(name: str) -> np.ndarray:
     return np.asarray(Image.open(name).convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    ("name", "faithful"), [("flux", True), ("flux", False), ("sdxl", True)], ids=["flux", "flux-free", "sdxl"]
-)
+@pytest.mark.parametrize(("name", "faithful"), [("flux", True), ("sdxl", False)], ids=["flux", "sdxl-free"])
 def test_outside_of_the_mask_the_picture_is_enlarged_plainly_to_the_bit(
     cli: Cli, workdir: Path, name: str, faithful: bool
 ) -> None:
-    given = save("in.png", 23, 30)
+    given = save("in.png", 23, 30, "RGBA")[..., :3]
     mask = save_mask("mask.png", 8, 9)
     more = () if faithful else ("--no-faithful",)
     model = "TINY" if name == "flux" else tiny_family(name)
-    ran = cli(
-        "upscale", "in.png", "-m", model, *STRONG, "--size", "75x57", *more, "--mask", "mask.png", "-o", "out.png"
-    )
+    where = ("--size", "75x57", "--mask", "mask.png", "-o", "out.png")
+    ran = cli("upscale", "in.png", "-m", model, *STRONG, *where, *more)
     assert ran.code == 0, ran.err
     plain = plain_enlargement(given, (57, 75))
     plain = keep_to(plain, given) if faithful else plain
     soft = soft_mask(mask, (57, 75), (23, 30))
     out = pixels("out.png")
+    assert Image.open("out.png").mode == "RGBA"
     assert (soft == 0).any()
     assert np.array_equal(out[soft == 0], plain[soft == 0])
     inside = soft > 128
     assert (out[inside] != plain[inside]).any(-1).mean() > 0.5
 
 
-def test_masks_of_any_kind_and_size(cli: Cli, workdir: Path) -> None:
-    save("in.png", 24, 24)
-    once = ("upscale", "in.png", "-m", "TINY", *STRONG)
-    assert cli(*once, "-o", "free.png").code == 0
-    Image.new("L", (5, 5), 255).save("white.png")
-    assert cli(*once, "--mask", "white.png", "-o", "white-out.png").code == 0
-    assert np.array_equal(pixels("white-out.png"), pixels("free.png"))
-    mask = save_mask("grey.png", 48, 48)
-    layer = np.zeros((48, 48, 4), np.uint8)
+def test_masks_of_any_kind_are_read_alike(workdir: Path) -> None:
+    mask = save_mask("grey.png", 48, 40)
+    layer = np.zeros((48, 40, 4), np.uint8)
     layer[..., :3], layer[..., 3] = 255, mask  # painted on a transparent layer
     Image.fromarray(layer).save("layer.png")
     Image.fromarray(mask > 0).save("bits.png")
-    turned = Image.fromarray(mask.T[::-1].copy())
+    Image.fromarray(np.stack([mask] * 3, -1)).save("colours.png")
+    Image.fromarray(mask.astype(np.uint16) * 257).save("deep.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by a quarter
-    turned.save("turned.png", exif=exif)
-    for number, name in enumerate(("grey", "layer", "bits", "turned")):
-        ran = cli(*once, "--mask", f"{name}.png", "-o", f"{number}.png")
-        assert ran.code == 0, ran.err
-        assert np.array_equal(pixels(f"{number}.png"), pixels("0.png")), name
-    assert not np.array_equal(pixels("0.png"), pixels("free.png"))
-
-
-def test_profile_and_transparency_come_through(cli: Cli, workdir: Path) -> None:
-    save("in.png", 16, 16, "RGBA")
-    save_mask("mask.png", 6, 6)
-    ran = cli("upscale", "in.png", "-m", "TINY", *STRONG, "--mask", "mask.png", "-o", "out.png")
-    assert ran.code == 0, ran.err
-    assert Image.open("out.png").mode == "RGBA"
+    Image.fromarray(mask.T[::-1].copy()).save("turned.png", exif=exif)
+    for name in ("grey", "layer", "bits", "colours", "deep", "turned"):
+        assert np.array_equal(np.asarray(read_mask(f"{name}.png").image), mask), name
 
 
 def test_a_mask_is_no_part_of_the_metadata_and_asked_for_again(cli: Cli, workdir: Path) -> None:
@@ -109,16 +91,15 @@ def test_a_mask_is_no_part_of_the_metadata_and_asked_for_again(cli: Cli, workdir
 
 def test_fault_07_another_mask_is_another_job(cli: Cli, workdir: Path) -> None:
     Path("in").mkdir()
-    save("in/a.png", 16, 16), save("in/b.png", 16, 20, seed=1)
+    save("in/a.png", 16, 16)
     save_mask("mask.png", 6, 6)
     folder = ("upscale", "in", "-m", "TINY", *STRONG, "--mask", "mask.png", "-o", "out")
     assert cli(*folder).code == 0
     again = cli(*folder)
     assert again.code == 0
-    assert again.err.count("skipped") == 2
+    assert again.err.count("skipped") == 1
     Image.new("L", (6, 6), 255).save("mask.png")
     assert cli(*folder).code == 5
-    assert cli(*folder, "--overwrite").code == 0
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "black", "clear"])

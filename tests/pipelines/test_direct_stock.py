@@ -112,13 +112,12 @@ def facts(name: str, pipe) -> tuple[tuple[int, int], float]:
 # --- positions
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (16, 4)])
+@pytest.mark.parametrize("size", [(8, 8), (13, 4)])
 def test_up_to_the_native_size_it_is_diffusers_to_the_bit(stock, pipe, plain, call, size):
     assert torch.equal(pipe(**call(*size)).images, stock(**plain(*size)).images)
 
 
-@pytest.mark.parametrize("position", ["auto", "ntk", "dy_yarn"])
-@pytest.mark.parametrize("size", [(16, 16), (19, 7)])
+@pytest.mark.parametrize(("size", "position"), [((19, 7), "auto"), ((16, 16), "ntk"), ((19, 7), "dy_yarn")])
 def test_beyond_it_tables_are_the_papers(name, pipe, call, size, position):
     rule = "yarn" if position == "auto" else position
     dims, theta = facts(name, pipe)
@@ -179,8 +178,6 @@ def test_attention_is_sparse_from_the_first_step(name, pipe, call):
     assert report["sparse"] >= 2
     assert report["calls"]["dense"] == {}
     assert not torch.equal(sparse, dense)
-    whole = pipe(**call(17, 9, attention="neighborhood:window=99x99")).images
-    torch.testing.assert_close(whole, dense, rtol=0, atol=1e-4)
 
 
 def test_everything_is_taken_out_again_also_after_an_error(pipe, call, monkeypatch):

@@ -9,8 +9,9 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from PIL import Image
 
 import gensparse
+from gensparse import Reference
 from gensparse.errors import ConfigError
-from gensparse.pipelines import FluxHighresPipeline, highres_class
+from gensparse.pipelines import FluxCustomizePipeline, FluxHighresPipeline, highres_class
 from gensparse.testing.tiny import tiny_pipeline
 from gensparse.testing.tiny.parts import WIDTH, seeded, with_noise
 
@@ -114,20 +115,24 @@ def test_native_size_is_diffusers_pipeline_but_for_the_sampled_control(controlle
 @pytest.mark.parametrize("kind", KINDS)
 def test_scale_0_is_no_control_and_scale_1_changes_every_stage(controlled, call, kind):
     _, pipe = controlled(kind)
-    more = {"height": 124, "width": 76, "attention": "neighborhood:window=5x3"}
-    assert any(stage.patch_shift for stage in pipe.plan(124, 76, 4))
+    height, width = (124, 76) if kind == "latents" else (60, 44)
+    more = {"height": height, "width": width, "attention": "neighborhood:window=5x3"}
+    planned = pipe.plan(height, width, 4)
+    assert any(stage.patch_shift for stage in planned)
     control = {"control_image": shown(kind), **MODES.get(kind, {})}
     without = latents_of(pipe, **call(**more))
     alone = [report["sparse"] for report in pipe.attention_report if "sparse" in report]
     none = latents_of(pipe, **call(**more, **control, controlnet_conditioning_scale=0.0))
     full = latents_of(pipe, **call(**more, **control))
-    assert len(without) == 3
+    assert len(without) == len(planned) == (3 if kind == "latents" else 2)
     assert all(torch.equal(a, b) for a, b in zip(without, none, strict=True))
     assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(without, full, strict=True))
     first, *larger = pipe.attention_report
     assert first["method"] == "dense"
     assert "sparse" not in first
-    assert [report["sparse"] for report in larger] == [n + SITES[kind] for n in alone] == [2 + SITES[kind]] * 2
+    assert (
+        [report["sparse"] for report in larger] == [n + SITES[kind] for n in alone] == [2 + SITES[kind]] * len(larger)
+    )
     for report in larger:
         assert report["dense"] == report["calls"]["dense"] == {}
         assert sum(own["sparse"] for own in report["beside"]) == SITES[kind]
@@ -228,6 +233,15 @@ def test_arguments_that_do_not_fit_are_refused_before_the_first_step(controlled,
     ):
         with pytest.raises(ConfigError, match=match):
             controlled(kind)[1](**call(**{**one, **wrong}))
+
+
+def test_subjects_and_control_pictures_are_not_combined(stock, nets, call):
+    parts = {name: part for name, part in stock.components.items() if name != "controlnet"}
+    pipe = FluxCustomizePipeline.from_pipe(FluxControlNetPipeline(**parts, controlnet=nets["latents"]))
+    pipe.set_progress_bar_config(disable=True)
+    cat = Reference("cat", Image.new("RGB", (16, 16), "red"))
+    with pytest.raises(ConfigError, match="ControlNets have no references"):
+        pipe(**call(height=32, width=32, control_image=picture(), subjects=[cat]))
 
 
 def test_a_pipeline_with_its_controlnet_is_saved_and_loaded(controlled, call, tmp_path):

@@ -8,7 +8,7 @@ from gensparse.pipelines import highres_class
 from gensparse.testing.tiny import tiny_pipeline
 
 SHORT = {"prompt": "a cat", "num_inference_steps": 3, "output_type": "latent", "height": 64, "width": 48}
-MORE = {"flux": {"max_sequence_length": 16}, "qwenimage": {"max_sequence_length": 16}, "sdxl": {}, "pixart": {}}
+MORE = {"flux": {"max_sequence_length": 16}, "qwenimage": {"max_sequence_length": 16}, "sdxl": {}}
 
 
 @pytest.fixture(scope="module", params=MORE)
