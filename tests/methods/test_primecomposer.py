@@ -18,6 +18,7 @@ from gensparse.processors.confined import Confined
 from gensparse.processors.steering import attend_steered
 from gensparse.subjects.read_masks import box_mask
 from gensparse.testing.tiny import tiny_call, tiny_denoiser, tiny_inputs, tiny_pipeline
+from gensparse.testing.tiny.adapters import image_embeds, load_image_adapter
 
 GRID = (1, 6, 10)
 MASK, REGION = box_mask((0.2, 0.3, 0.7, 0.9), (24, 40)), box_mask((0, 0, 0.6, 0.7), (24, 40))
@@ -236,6 +237,20 @@ def test_guidance_is_read_from_the_pipeline_of_diffusers() -> None:
     assert torch.isfinite(out).all()
     assert not torch.allclose(out[2], plain[2], atol=1e-3)
     assert torch.equal(made(), plain)
+
+
+def test_image_prompts_stay_beside_confined_words() -> None:
+    net = tiny_denoiser("sdxl")
+    load_image_adapter(net)
+    given = inputs("sdxl", 6)
+    given["added_cond_kwargs"] |= {"image_embeds": [x[:1].expand(6, *x.shape[1:]) for x in image_embeds(2)]}
+    plain = call(net, given)
+    with gensparse.applied(net, PrimeComposer(halves=2), strict=True, subjects=CAT) as handle:
+        out = call(net, given)
+        assert handle.report()["dense"] == {}
+    torch.testing.assert_close(out[:3], plain[:3], rtol=0, atol=2e-5)
+    assert not torch.allclose(out[5], plain[5], atol=1e-3)
+    assert torch.equal(call(net, given), plain)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
