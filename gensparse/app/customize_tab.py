@@ -19,6 +19,7 @@ from gensparse.subjects.naming import MAX_SUBJECTS
 PROMPT = "a red circle left of a blue star on a white background"
 NUMBERS = range(1, MAX_SUBJECTS + 1)
 OPEN = 2  # subjects whose fields are shown at first
+_DRAWN = "gs-customize-drawn"  # field in which the page tells which box was drawn, as NUMBER:BOX:COUNT
 
 
 def tab(app: App) -> None:
@@ -105,10 +106,13 @@ def _draw_form(app: App, form: Form) -> list[Any]:
     """The widgets; returns further events that start a job."""
     fields = form.fields
     fields["prompt"] = widgets.prompt(app, "customize", PROMPT, "The whole picture, with the name of every subject")
-    for number in NUMBERS:
-        with gr.Accordion(f"Subject {number}", open=number <= OPEN, elem_id=f"gs-customize-subject-{number}"):
+    for number in NUMBERS[:OPEN]:
+        _draw_subject(app, fields, number)
+    with gr.Accordion(f"Subjects {OPEN + 1} to {MAX_SUBJECTS}", open=False):
+        for number in NUMBERS[OPEN:]:
             _draw_subject(app, fields, number)
     places = gr.HTML(elem_id="gs-customize-places")
+    drawn = gr.Textbox("", show_label=False, elem_id=_DRAWN, elem_classes="gs-hidden")
     fields["subject_method"] = gr.Dropdown(
         list(forms.subject_methods()),
         value="freecustom",
@@ -132,11 +136,26 @@ def _draw_form(app: App, form: Form) -> list[Any]:
     watched = [fields[name] for name in shown]
     places.value = preview(*(item.value for item in watched))
     gr.on([item.change for item in watched], preview, watched, places, trigger_mode="always_last", **QUIET)
+
+    def place(text: str, *values: Any) -> list[Any]:
+        number, box = (*str(text).split(":"), "", "")[:2]
+        field, changed = f"box_{number}", dict(zip(shown, values, strict=True))
+        if field in changed:  # also one whose fields are folded away, and not in the page
+            changed[field] = box
+        return [_places(changed), *(box if name == field else gr.skip() for name in _each("box"))]
+
+    outputs = [places, *(fields[name] for name in _each("box"))]
+    drawn.change(place, [drawn, *watched], outputs, trigger_mode="always_last", **QUIET)
     return [fields["prompt"].submit]
 
 
 def _draw_subject(app: App, fields: dict[str, Any], number: int) -> None:
-    """Name, place, picture and mask of one subject."""
+    """Name, place, picture, mask and words of one subject."""
+    with gr.Accordion(f"Subject {number}", open=True):
+        _draw_fields(app, fields, number)
+
+
+def _draw_fields(app: App, fields: dict[str, Any], number: int) -> None:
     name, box, picture, mask = (f"{what}_{number}" for what in ("name", "box", "picture", "mask"))
     with gr.Row():
         fields[name] = gr.Textbox(
@@ -201,7 +220,7 @@ def _places(values: Mapping[str, Any]) -> str:
     boxes, wrong = [], ""
     for number in NUMBERS:
         name, text = (str(values.get(f"{what}_{number}") or "").strip() for what in ("name", "box"))
-        entry: dict[str, Any] = {"name": name or str(number), "target": f"gs-customize-box-{number}"}
+        entry: dict[str, Any] = {"name": name or str(number), "number": number}
         if text:
             try:
                 entry["box"] = cast.box_of(name or f"subject {number}", text)
@@ -211,6 +230,7 @@ def _places(values: Mapping[str, Any]) -> str:
             boxes.append(entry)
     width, height = _shape(values)
     facts = f'data-width="{width}" data-height="{height}" data-boxes="{render.esc(json.dumps(boxes))}"'
+    facts += f' data-target="{_DRAWN}"'
     return f"<p>Places in the picture: choose a subject, then draw its box.</p><gs-places {facts}></gs-places>{wrong}"
 
 

@@ -200,6 +200,7 @@ if (!customElements.get("gs-mask")) customElements.define("gs-mask", GensparseMa
 class GensparsePlaces extends GensparseDrawn {
   static observedAttributes = ["data-boxes", "data-width", "data-height"];
   static chosen = 0;
+  static count = 0;
 
   draw() {
     let boxes = [];
@@ -211,13 +212,13 @@ class GensparsePlaces extends GensparseDrawn {
     Object.assign(this.stage.style, { aspectRatio: String(ratio), width: `min(100%, ${Math.round(320 * ratio)}px)` });
     this.buttons = boxes.map((item, k) => {
       const button = GensparseDraw.button(item.name, `Draw the place of ${item.name}`, () => this.choose(k));
-      button.style.borderLeft = `6px solid ${GensparseDraw.COLOURS[k]}`;
+      button.style.borderLeft = `6px solid ${GensparseDraw.COLOURS[item.number - 1]}`;
       bar.append(button);
       return button;
     });
     bar.append(GensparseDraw.button("No place", "Take the box of the chosen subject away", () => this.tell(null)));
     this.append(bar, this.stage);
-    this.shapes = boxes.map((item, k) => this.shape(item, k));
+    this.shapes = boxes.map((item) => this.shape(item));
     this.choose(Math.min(GensparsePlaces.chosen, boxes.length - 1));
     let from;
     GensparseDraw.follow(this.stage, {
@@ -235,12 +236,13 @@ class GensparsePlaces extends GensparseDrawn {
   tell(box) {
     const chosen = GensparsePlaces.chosen;
     this.place(this.shapes[chosen], box);
-    GensparseDraw.tell(this.boxes[chosen].target, box ? box.join(", ") : "");
+    const text = box ? box.join(", ") : "";
+    GensparseDraw.tell(this.dataset.target, `${this.boxes[chosen].number}:${text}:${++GensparsePlaces.count}`);
   }
 
-  shape(item, k) {
+  shape(item) {
     const shape = GensparseDraw.make("div", "gs-place", item.name);
-    shape.style.setProperty("--c", GensparseDraw.COLOURS[k]);
+    shape.style.setProperty("--c", GensparseDraw.COLOURS[item.number - 1]);
     this.stage.append(shape);
     this.place(shape, item.box);
     return shape;

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from gensparse.image_io import read_metadata
+from gensparse.image_io import read_metadata, write_image
+from gensparse.request import CustomizeRequest
 from gensparse.subjects.read_masks import read_mask
 
 pytestmark = tools.NEEDED
@@ -57,7 +58,7 @@ def saved(page, context, folder: Path) -> dict:
 
 
 def test_two_subjects_from_their_pictures_to_the_next_turn(page, context, photos, tmp_path: Path) -> None:
-    fill(page, photos)
+    fill(page, photos, steps=40)
     page.locator("#gs-customize-seen-1").get_by_text("48 x 64 pixels").wait_for()
     tools.drag(page, "#gs-customize-seen-1 canvas", (0.15, 0.1), (0.4, 0.25), (0.3, 0.45))
     tools.until(lambda: field(page, "mask-1").input_value().startswith("48x64:"))
@@ -111,10 +112,11 @@ def test_two_subjects_from_their_pictures_to_the_next_turn(page, context, photos
     tools.done(page, TAB)
     tools.until(lambda: page.locator("#gs-customize-turns img").count() == 2)
     request = saved(page, context, tmp_path)
-    assert (request["prompt"], request["seed"], request["steps"]) == ("a blue triangle at night", [5], 8)
+    assert (request["prompt"], request["seed"], request["steps"]) == ("a blue triangle at night", [5], 40)
     assert [text.partition("=")[0] for text in request["subject"]] == ["triangle"]
     page.locator("#gs-customize-command").get_by_text("--turns story.json").wait_for()
     page.reload()
+    page.locator("#gs-generate-run").wait_for()
     tools.go(page, "Customize")
     tools.done(page, TAB)
     tools.until(lambda: page.locator("#gs-customize-turns img").count() == 2)
@@ -126,6 +128,29 @@ def test_two_subjects_from_their_pictures_to_the_next_turn(page, context, photos
     page.locator("#gs-customize-run").wait_for()
     tools.until(lambda: field(page, "name-1").input_value() == "triangle")
     assert field(page, "box-1").input_value() == "0.5, 0, 1, 1"
+
+
+def test_places_of_subjects_that_are_folded_away_are_drawn_too(page, tmp_path: Path) -> None:
+    names = ("circle", "star", "heart")
+    request = CustomizeRequest(prompt="three shapes", subject=names, subject_method="consistory")
+    metadata = {"gensparse": 1, "request": request.to_dict(portable=True)}
+    write_image(Image.new("RGB", (32, 32), "red"), tmp_path / "x.png", metadata=metadata)
+    tools.go(page, "History and presets")
+    page.locator("#gs-reload-file input[type=file]").set_input_files(tmp_path / "x.png")
+    message = page.locator("#gs-reload-message textarea")
+    tools.until(lambda: message.count() and "upload them again" in message.input_value())
+    tools.go(page, "Customize")
+    places = page.locator("#gs-customize-places")
+    places.get_by_role("button", name="heart").click()
+    tools.drag(page, "#gs-customize-places .gs-canvas", (0.2, 0.3), (0.6, 0.9))
+    places.locator(".gs-place:visible", has_text="heart").wait_for()
+    page.get_by_role("button", name="Subjects 3 to 5").click()
+    tools.until(lambda: field(page, "box-3").count() and field(page, "box-3").input_value())
+    assert field(page, "name-3").input_value() == "heart"
+    box = [float(part) for part in field(page, "box-3").input_value().split(",")]
+    assert np.allclose(box, (0.2, 0.3, 0.6, 0.9), atol=0.02)
+    places.get_by_role("button", name="No place").click()
+    tools.until(lambda: field(page, "box-3").input_value() == "")
 
 
 def test_cancel_in_the_middle_and_run_again(page, photos) -> None:
