@@ -9,7 +9,7 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from PIL import Image
 
 import gensparse
-from gensparse import Reference
+from gensparse import Reference, Region
 from gensparse.errors import ConfigError
 from gensparse.pipelines import FluxCustomizePipeline, FluxHighresPipeline, highres_class
 from gensparse.testing.tiny import tiny_pipeline
@@ -260,3 +260,15 @@ def test_a_controlnet_that_no_stage_runs_is_said(caplog, name):
     with caplog.at_level(logging.WARNING, logger="gensparse"):
         highres_class(stock).from_pipe(stock)
     assert "is left out" in caplog.text
+
+
+def test_regions_are_controlled_as_a_whole(stock, nets, call):
+    parts = {name: part for name, part in stock.components.items() if name != "controlnet"}
+    pipe = FluxCustomizePipeline.from_pipe(FluxControlNetPipeline(**parts, controlnet=nets["latents"]))
+    pipe.set_progress_bar_config(disable=True)
+    given = {"height": 24, "width": 40, "control_image": picture(24, 40), "num_inference_steps": 2}
+    plain = pipe(**call(**given, prompt="a dog")).images
+    assert torch.equal(pipe(**call(**given), regions=[Region("a dog", box=(0, 0, 1, 1))]).images, plain)
+    given |= {"height": 64, "width": 96, "highres": "none"}
+    with pytest.raises(ConfigError, match="in windows"):
+        pipe(**call(**given), regions=[Region("a dog", box=(0, 0, 1, 1))])

@@ -7,6 +7,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     HeunDiscreteScheduler,
 )
 from diffusers.callbacks import SD3CFGCutoffCallback, SDXLCFGCutoffCallback
@@ -287,6 +288,15 @@ def test_subjects_by_words_are_regions(sd15) -> None:
     picture = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ConfigError, match="by words"):
         sd15(**call("sd15"), subjects=[Reference("cat", picture, region=LEFT)], subject_method="multidiffusion")
+
+
+def test_caches_of_the_transformer_are_refused(flux) -> None:
+    flux.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    try:
+        with pytest.raises(ConfigError, match="disable_cache"):
+            flux(**call("flux"), regions=[Region("a cat", box=LEFT)])
+    finally:
+        flux.transformer.disable_cache()
 
 
 def test_masks_overlap_are_weighed_and_leave_nothing_uncovered() -> None:
