@@ -129,8 +129,9 @@ def until(what: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 def progress(page: Any, name: str = "generate") -> int | None:
     """The number that the progress bar shows, None without a bar."""
-    bar = page.locator(f"#gs-{name}-card [role=progressbar]")
-    return int(bar.first.get_attribute("aria-valuenow")) if bar.count() else None
+    bars = page.locator(f"#gs-{name}-card [role=progressbar]")
+    shown = bars.evaluate_all("all => all.map(bar => bar.getAttribute('aria-valuenow'))")  # it may go at any moment
+    return int(shown[0]) if shown else None
 
 
 def start(page: Any, name: str = "generate") -> None:

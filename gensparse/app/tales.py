@@ -22,9 +22,6 @@ from gensparse.request import CustomizeRequest, GenerateRequest, Request, file_n
 from gensparse.subjects.naming import MAX_SUBJECTS, subject_text
 from gensparse.subjects.story import MAX_TURNS, Actor, Story, Turn, says
 
-ONCE = ("regional", "consistory", "multidiffusion")
-"""Methods that keep no looks from turn to turn, or draw all turns at once."""
-
 
 @dataclass(frozen=True)
 class Tale:
@@ -74,8 +71,10 @@ def begin(app: App, owner: str, request: CustomizeRequest, **facts: Any) -> Job:
     Raises:
         As `runs.submit`.
     """
+    from gensparse.pipelines.customize import WORDED
+
     single = request.num_images == 1 and len(request.seed) <= 1 and all(request.shown.values())
-    if not single or request.subject_method.partition(":")[0].strip() in ONCE:
+    if not single or request.subject_method.partition(":")[0].strip() in WORDED:
         return runs.submit(app, owner, request, **facts)
     runs.check_fits(request)
     with runs.job_folder(app, owner) as folder:

@@ -80,13 +80,19 @@ def summary(result: Result) -> str:
 
 def attention_words(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the attention reports say, in a few words."""
-    subjects = [f"subjects by {stage['subjects']['method']['method']}" for stage in stages if "subjects" in stage]
+    subjects = [
+        f"subjects by {_method_name(stage['subjects'].get('method'))}" for stage in stages if "subjects" in stage
+    ]
     sparse = [stage for stage in stages if stage.get("sparse") and "subjects" not in stage]
     if not sparse:
         return subjects or ["dense attention"]
     density = sparse[-1].get("density")
     words = f"sparse attention in {len(sparse)} of {len(stages)} enlarged stages"
     return [*subjects, f"{words}, density {density:.3f} in the last" if isinstance(density, float) else words]
+
+
+def _method_name(method: Any) -> str:
+    return str(method.get("method") if isinstance(method, Mapping) else method)
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
