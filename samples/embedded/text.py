@@ -95,7 +95,7 @@ def clip_config(tokenizer: CLIPTokenizer, *, width: int, inner: int, layers: int
 
 def t5_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
     """Two layers of width 192: the words the transformer attends to."""
-    return T5EncoderModel(
+    encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=192,
@@ -111,6 +111,34 @@ def t5_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
             decoder_start_token_id=0,
         )
     )
+    see_order(encoder)
+    return encoder
+
+
+NEIGHBOURS = (-1, 1, -2, 2, -4, 4)  # the word each head of the T5 looks at first
+
+
+@torch.no_grad()
+def see_order(encoder: T5EncoderModel) -> None:
+    """Let every head start with a place of its own to look at, relative to the word it reads for.
+
+    Nothing else tells a T5, or FLUX behind it, the order of words, and its attention is not scaled: left at its random
+    start the table stays small beside what words say, and "a red star left of a blue ring" is read as a bag of words.
+    """
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    distances = torch.arange(-127, 128)
+    buckets = attention._relative_position_bucket(
+        distances,
+        bidirectional=True,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    table = attention.relative_attention_bias.weight
+    for bucket in buckets.unique():
+        own = distances[buckets == bucket].float()
+        nearest = own[own.abs().argmin()]  # of a bucket of many distances: the one that short captions have
+        for head, wanted in enumerate(NEIGHBOURS):
+            table[bucket, head] = 6.0 - 3.0 * (nearest - wanted).abs().clamp(max=4.0)
 
 
 def round_trip(tokenizer, cls):

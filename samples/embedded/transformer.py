@@ -17,6 +17,8 @@ from running import Outcome, Run
 from shards import Batch, Collection
 from text import Captions, clip_encoder, t5_encoder
 
+from gensparse.embedded.scenes import caption, random_scene
+
 # share of the time budget after which a mixture holds -> probability of each kind of batch
 STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {"whole": 1.0}),
@@ -76,6 +78,15 @@ class Model(torch.nn.Module):
         return velocity, read
 
 
+@torch.no_grad()
+def read_through(layer: torch.nn.Linear, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Make a layer that reads features `old` [N, C] read `new` ones, by the affine map between them that fits best."""
+    more = torch.cat([new, torch.ones_like(new[:, :1])], 1)
+    fit = torch.linalg.lstsq(more, old).solution
+    layer.bias += layer.weight @ fit[-1]
+    layer.weight.copy_(layer.weight @ fit[:-1].T)
+
+
 def zero_modulation(flux: FluxTransformer2DModel) -> None:
     """Start every block as the identity and the output at zero (DiT, Peebles & Xie 2023)."""
     for name, module in flux.named_modules():
@@ -131,7 +142,32 @@ class FluxRun(Run):
             module = getattr(self.model, name)
             trained = type(module).from_pretrained(folder / part, torch_dtype=torch.float32)
             module.load_state_dict(trained.state_dict())
+
+    def take_text(self) -> None:
+        """The text encoders of text_meaning.py, if there are any.
+
+        A trained transformer goes on reading what it knows: its first layers for text get the linear maps from the new
+        features to the old ones that fit best, and training has to find only what is new in them.
+        """
+        if (self.args.run / "text.pt").exists():
+            before = self.features()
+            for name, state in torch.load(self.args.run / "text.pt", weights_only=True).items():
+                getattr(self.model, name).load_state_dict(state)
+            if self.args.init:
+                flux = self.model.flux
+                layers = (flux.context_embedder, flux.time_text_embed.text_embedder.linear_1)
+                for layer, old, new in zip(layers, before, self.features(), strict=True):
+                    read_through(layer, old, new)
         self.restart_average()
+
+    @torch.no_grad()
+    def features(self, count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+        """(words [N, 192], pooled [count, 96]) of random captions."""
+        texts = [caption(random_scene(seed), seed) for seed in range(count)]
+        clip_ids, t5_ids = (ids.to(self.args.device) for ids in Captions()(texts))
+        words = torch.cat([self.model.t5(part)[0] for part in t5_ids.split(500)])
+        pooled = torch.cat([self.model.clip(part).pooler_output for part in clip_ids.split(500)])
+        return words.flatten(0, 1), pooled
 
     @property
     def progress(self) -> float:
@@ -142,6 +178,15 @@ class FluxRun(Run):
     def height(self) -> float:
         """Share of the full rate: warm-up over 100 steps, level until `--decay-from`, then linearly to zero."""
         return min(1, (self.step + 1) / 100, max(0.0, (1 - self.progress) / (1 - self.args.decay_from)))
+
+
+def new_run(args: argparse.Namespace) -> FluxRun:
+    """A run at its first step: weights of `--init`, then text encoders of text_meaning.py, where there are any."""
+    run = FluxRun(args)
+    if args.init:
+        run.start_from(args.init)
+    run.take_text()
+    return run
 
 
 def mixture(progress: float) -> dict[str, float]:
@@ -187,9 +232,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_options(arguments)
-    run = FluxRun(args)
-    if args.init and not run.path.exists():
-        run.start_from(args.init)
+    run = new_run(args)
     run.load()
     train(run)
 

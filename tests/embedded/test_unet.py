@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 
-import gensparse.embedded
-from gensparse.embedded import embedded_notes, embedded_path, load_embedded, load_folder
-from gensparse.embedded.scenes import caption, random_scene
+import gensparse
+from gensparse.embedded import embedded_notes, embedded_path, load_embedded, load_folder, loader
+from gensparse.embedded.quality import prompt_fidelity, share_right
+from gensparse.embedded.reader import Reader
+from gensparse.embedded.scenes import caption, parse_caption, random_scene
 from gensparse.engine import execute, open_model
 from gensparse.errors import ConfigError, ModelError
 from gensparse.families import family_of
@@ -32,9 +34,11 @@ class Scripts:
         import export
         import text
         import text_meaning
+        import transformer
         import unet
 
-        self.encode, self.export, self.text, self.text_meaning, self.unet = encode, export, text, text_meaning, unet
+        self.encode, self.export, self.text, self.text_meaning = encode, export, text, text_meaning
+        self.transformer, self.unet = transformer, unet
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +201,15 @@ def test_the_training_reads_captions_as_the_pipeline_does(scripts, captions, vae
     torch.testing.assert_close(negative_pooled, pooled[3:].expand(3, -1))
 
 
-def test_text_encoders_start_from_what_captions_taught_them(scripts, captions, latents, tmp_path):
-    scripts.text_meaning.main(["--run", str(tmp_path), "--steps", "2", "--batch", "4"])
+@pytest.mark.parametrize("model", ["unet", "flux"])
+def test_text_encoders_start_from_what_captions_taught_them(scripts, captions, latents, tmp_path, model):
+    scripts.text_meaning.main(["--run", str(tmp_path), "--model", model, "--steps", "2", "--batch", "4"])
     kept = torch.load(tmp_path / "text.pt", weights_only=True)
-    run = scripts.unet.new_run(options(scripts, tmp_path, latents), captions)
-    assert set(kept) == {"clip", "clip_2"}
+    if model == "unet":
+        run = scripts.unet.new_run(options(scripts, tmp_path, latents), captions)
+    else:
+        run = scripts.transformer.new_run(scripts.transformer.read_options(["--run", str(tmp_path)]))
+    assert set(kept) == {"clip", "clip_2" if model == "unet" else "t5"}
     for part, state in kept.items():
         own = getattr(run.model, part).state_dict()
         assert all(value.isfinite().all() and torch.equal(own[name], value) for name, value in state.items())
@@ -311,14 +319,24 @@ def test_an_unknown_kind_names_the_known_ones():
         embedded_path("une")
 
 
-def test_the_shipped_one_is_complete_or_says_how_to_get_it():
-    if not (Path(gensparse.embedded.__file__).parent / "unet_model" / "model_index.json").is_file():
-        with pytest.raises(ModelError, match=r"embedded-unet.*train\.py"):
-            load_embedded(kind="unet")
-        with pytest.raises(ModelError, match="embedded-unet"):
-            open_model(GenerateRequest(model="embedded-unet"))
-        return
+def test_the_shipped_one_is_complete():
     pipe = load_embedded(kind="unet")
     assert isinstance(pipe, StableDiffusionXLPipeline)
     assert pipe.unet.config.sample_size * pipe.vae_scale_factor == embedded_notes("unet")["native_size"]
     assert sum(f.stat().st_size for f in embedded_path("unet").rglob("*") if f.is_file()) <= 25e6
+
+
+def test_the_shipped_one_draws_what_the_words_say():
+    pipe = load_embedded(kind="unet")
+    words = "a red circle left of a blue star on a green striped background"
+    noise = torch.Generator().manual_seed(0)
+    picture = pipe(words, num_inference_steps=12, guidance_scale=5.0, generator=noise).images[0]
+    assert share_right([prompt_fidelity(Reader().read(picture), parse_caption(words))]) > 0.85
+
+
+def test_a_missing_one_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(loader._FOLDERS, "unet", "not_there")
+    with pytest.raises(ModelError, match=r"embedded-unet.*train\.py"):
+        load_embedded(kind="unet")
+    with pytest.raises(ModelError, match="embedded-unet"):
+        open_model(GenerateRequest(model="embedded-unet"))
