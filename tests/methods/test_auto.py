@@ -19,7 +19,7 @@ from gensparse.patterns import Box, Text
 from gensparse.plan import build_plan
 from gensparse.processors.operators import OperatorCall
 from gensparse.processors.rows import sample_rows
-from gensparse.processors.site import Action, ActionSlot, Site, Work
+from gensparse.processors.site import Action, ActionSlot, Site, SiteCall, Work
 from gensparse.testing.tiny import tiny_denoiser, tiny_flux_pipeline, tiny_inputs
 
 SITES = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
@@ -282,7 +282,7 @@ def test_an_audit_equals_the_error_of_the_call() -> None:
     slot.put(Action((Work(layout, plan=build_plan(Box(1) | Text(), layout)),), audit=1000))
     site = Site("attn", slot)
     bias = torch.randn(1, 1, 1, layout.tokens, generator=generator)
-    out = site.attend(q, k, v, bias, 0.4, lambda: v)
+    out = site.attend(SiteCall(q, k, v, bias, 0.4, lambda: v))
     dense = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2).double() for x in (q, k, v)), attn_mask=bias.double(), scale=0.4
     ).transpose(1, 2)
