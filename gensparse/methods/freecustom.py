@@ -1,9 +1,9 @@
 """FreeCustom: the generated picture attends to masked reference pictures, one per concept (Ding et al. 2405.13870)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gensparse.errors import ConfigError
 from gensparse.methods.base import At, Place, Subject
@@ -24,6 +24,12 @@ if TYPE_CHECKING:  # methods are listed and described without torch
 SHARE = 10 / 16
 """Where the published layers begin: the tenth of the sixteen of Stable Diffusion 1.5."""
 
+WEIGHT = 3.0
+"""Published for UNets."""
+
+WEIGHTS = {"FLUX.1": 1.0}
+"""Ours where the published weight drowns the picture, by `gensparse bench subjects`."""
+
 
 @dataclass(frozen=True)
 class FreeCustom(SubjectMethod):
@@ -34,13 +40,14 @@ class FreeCustom(SubjectMethod):
     docs/subjects.md. They never see anything but themselves. The unconditional half does not look at them, so that
     guidance amplifies them. ControlNets of the pipeline see the same noised references.
 
-    Published for Stable Diffusion 1.5; XL, FLUX, Stable Diffusion 3 and PixArt are an extension of ours without
-    measurements.
+    Published for Stable Diffusion 1.5; XL, FLUX, Stable Diffusion 3 and PixArt are an extension of ours. FLUX rotates
+    queries and keys by their places, so that a subject tends to appear where it stands in its picture: a reference that
+    shows it where it is to be helps there, or `isolation_reposition`, which moves it.
 
     Args:
         subjects: reference pictures of a half; none for as many as `Subjects` names, else all but the last one.
         weights: added to the logits of a reference's keys (3 makes them 20 times heavier), one value for all or one per
-            reference, as 3x2.5. 0 is neutral.
+            reference, as 3x2.5. 0 is neutral. None for the published 3, and for 1 on FLUX.
         style_fidelity: share of plain attention in the unconditional half.
         start, stop: first step, and the step before which it ends, as numbers or as shares of the run; none for the
             end.
@@ -69,7 +76,7 @@ class FreeCustom(SubjectMethod):
     }
 
     subjects: int | None = None
-    weights: float | tuple[float, ...] = 3.0
+    weights: float | tuple[float, ...] | None = None
     style_fidelity: float = 1.0
     start: Steps = 0
     stop: Steps = None
@@ -79,12 +86,17 @@ class FreeCustom(SubjectMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.name, "subjects", self.subjects)
-        check_weights(self.name, self.weights, self.subjects)
+        if self.weights is not None:
+            check_weights(self.name, self.weights, self.subjects)
         check_share(self.name, "style_fidelity", self.style_fidelity)
         for name in ("start", "stop"):
             check_steps(self.name, name, getattr(self, name))
         flag(self.name, "fresh_noise", self.fresh_noise)
         whole(self.name, "seed", self.seed, low=0)
+
+    def resolved(self, subject: Subject) -> Self:
+        settled = super().resolved(subject)
+        return settled if settled.weights is not None else replace(settled, weights=WEIGHTS.get(subject.family, WEIGHT))
 
     def auto_layers(self, subject: Subject, names: list[str]) -> str:
         blocks = up_blocks(names)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gensparse
 from gensparse import Concept, Subjects
 from gensparse.errors import ConfigError
+from gensparse.families import family_of
 from gensparse.layout import Layout
 from gensparse.methods import (
     At,
@@ -29,6 +30,7 @@ from gensparse.methods import (
     StyleAligned,
     Subject,
     TokenFlow,
+    parse_method,
 )
 from gensparse.methods.style_aligned import plain_numbers
 from gensparse.methods.subject_method import takes
@@ -829,3 +831,29 @@ def test_copies_carry_the_method(how: str, what: Method) -> None:
     torch.testing.assert_close(call(other, given), out, rtol=0, atol=1e-6)
     gensparse.remove(other)
     assert torch.equal(call(other, given), plain)
+
+
+@pytest.mark.parametrize(("model", "weight", "bias"), [("flux", 1.0, 2.0), ("sd15", 3.0, 0.0), ("sd3", 3.0, 0.0)])
+def test_weights_that_are_left_out_are_published_ones_or_those_of_the_family(model, weight, bias) -> None:
+    net = denoiser(model)
+    subject = Subject(family_of(net).name, net)
+    assert FreeCustom().resolved(subject).weights == weight
+    assert FreeCustom(weights=(2.0, 0.0)).resolved(subject).weights == (2.0, 0.0)
+    assert IsolationReposition().resolved(subject).bias == bias
+    assert IsolationReposition(bias=0.0).resolved(subject).bias == 0.0
+    assert parse_method("freecustom:weights=none") == FreeCustom()
+    assert parse_method("isolation_reposition:bias=none") == IsolationReposition()
+
+
+def test_weights_that_are_left_out_act_like_those_that_are_given() -> None:
+    net, given = denoiser("flux"), inputs("flux", 3)
+    outs = []
+    for method in (
+        FreeCustom(layers="all"),
+        FreeCustom(layers="all", weights=1.0),
+        FreeCustom(layers="all", weights=3),
+    ):
+        with gensparse.applied(net, method, subjects=TWO):
+            outs.append(call(net, given))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.allclose(outs[0], outs[2], atol=1e-4)
