@@ -330,8 +330,8 @@ def test_the_shipped_one_draws_what_the_words_say():
     pipe = load_embedded(kind="unet")
     words = "a red circle left of a blue star on a green striped background"
     noise = torch.Generator().manual_seed(0)
-    picture = pipe(words, num_inference_steps=12, guidance_scale=5.0, generator=noise).images[0]
-    assert share_right([prompt_fidelity(Reader().read(picture), parse_caption(words))]) > 0.85
+    picture = pipe(words, num_inference_steps=25, guidance_scale=5.0, generator=noise).images[0]
+    assert share_right([prompt_fidelity(Reader.load().read(picture), parse_caption(words))]) > 0.85
 
 
 def test_a_missing_one_says_how_to_get_it(monkeypatch):
