@@ -15,7 +15,6 @@ from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage, StageResult, StageStore
 from gensparse.pipelines.cascade import check_options, check_stages
 from gensparse.pipelines.unet_stages import Conditions, Run, UNetStages, repeated, with_texts
-from gensparse.pipelines.unet_ways import as_way
 from gensparse.pipelines.way import Attention, Native, Prompts, Texts, Way
 
 
@@ -120,7 +119,7 @@ class PixArtHighresPipeline(UNetStages, PixArtSigmaPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple`: the pictures.
         """
         # 1. the stages, and everything that can be wrong with the arguments
-        way, planned = as_way(highres), stages is None
+        way, planned = self._way(highres), stages is None
         if way.name == "freescale":
             raise ConfigError("highres='freescale' dilates convolutions, which PixArt has not; use 'cascade'.")
         listed = timesteps if timesteps is not None else sigmas

@@ -23,7 +23,6 @@ from transformers import (
 from gensparse.highres.stages import Stage, StageResult, StageStore
 from gensparse.pipelines.cascade import check_options, check_stages
 from gensparse.pipelines.unet_stages import Conditions, Crops, Run, UNetStages
-from gensparse.pipelines.unet_ways import as_way
 from gensparse.pipelines.way import Attention, Prompts, Texts, Way
 
 EXAMPLE_DOC_STRING = """
@@ -170,7 +169,7 @@ class SDXLHighresPipeline(UNetStages, StableDiffusionXLPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. the stages, and everything that can be wrong with the arguments
-        way, planned = as_way(highres), stages is None
+        way, planned = self._way(highres), stages is None
         listed = timesteps if timesteps is not None else sigmas
         steps = num_inference_steps if listed is None else len(listed)
         stages = list(stages or self.plan(height, width, steps, way))

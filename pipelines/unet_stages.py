@@ -8,10 +8,11 @@ x / sqrt(1 + sigma^2). Their noise levels are the scheduler's.
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from PIL import Image
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage, StageResult, StageStore, check_size
 from gensparse.methods import Auto, Method
-from gensparse.pipelines.cascade import Lead, Stages, as_picture, last_finished, stages_from
+from gensparse.pipelines.cascade import Lead, Stages, as_picture, last_finished, read_config_file, stages_from
 from gensparse.pipelines.registry import say_left_out
 from gensparse.pipelines.unet_ways import as_way, dilated_share
 from gensparse.pipelines.way import Attention, Moment, Native, Prompts, Texts, Way
@@ -139,6 +140,15 @@ class UNetStages(Stages):
     Denoisers of other kinds that predict noise may stand for the UNet, see `_denoiser` and `_call`.
     """
 
+    gensparse_config: Mapping[str, Any] = MappingProxyType({})
+    """What the model says of itself in gensparse.json."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        out = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        out.gensparse_config = read_config_file(pretrained_model_name_or_path) or {}
+        return out
+
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         say_left_out(pipeline, cls)
@@ -146,7 +156,10 @@ class UNetStages(Stages):
         kwargs.setdefault("vae", pipeline.vae)
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **kwargs)
+        out = super().from_pipe(pipeline, **kwargs)
+        told = getattr(pipeline, "gensparse_config", None)
+        out.gensparse_config = told or read_config_file(pipeline.config.get("_name_or_path")) or {}
+        return out
 
     # --- what the model says about itself
 
@@ -176,7 +189,10 @@ class UNetStages(Stages):
         """
         size = (height or self.native_size, width or self.native_size)
         check_size(*size, self.native.multiple)
-        return as_way(highres).plan(size, self.native, steps)
+        return self._way(highres).plan(size, self.native, steps)
+
+    def _way(self, highres: Way | str) -> Way:
+        return as_way(highres, self.gensparse_config.get("cascade"))
 
     # --- the run
 

@@ -17,7 +17,7 @@ from gensparse.highres.ways import parse_way
 from gensparse.methods import FreeScale, HiDiffusion, Method, as_method
 from gensparse.methods.freescale import FREEU, Scaled
 from gensparse.pipelines.c_upscale import CUpscale
-from gensparse.pipelines.cascade import Guide
+from gensparse.pipelines.cascade import Guide, as_tuples
 from gensparse.pipelines.way import Attention, Moment, Native, NoiseOf, Way
 
 __all__ = [
@@ -262,8 +262,11 @@ WAYS: Mapping[str, type[Way]] = {
 }
 
 
-def as_way(highres: Way | str) -> Way:
+def as_way(highres: Way | str, own: Mapping[str, Any] | None = None) -> Way:
     """A way given as a value, by its name, or as "freescale:cosine_scale=1" (see `gensparse.highres.ways`).
+
+    Args:
+        own: settings of the cascade that the model says of itself; those given by name go before them.
 
     Raises:
         ConfigError: neither, or a setting that the way does not have.
@@ -275,7 +278,8 @@ def as_way(highres: Way | str) -> Way:
         raise ConfigError(unknown_name("highres", asked.name, WAYS))
     if asked.name == Shrunk.name:
         return Shrunk(as_method(asked.text))
-    return WAYS[asked.name].of(asked.settings)
+    mine = as_tuples(own or {}) if asked.name == Cascade.name else {}
+    return WAYS[asked.name].of({**mine, **asked.settings})
 
 
 def dilated_share(first: int, steps: int) -> int:

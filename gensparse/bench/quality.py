@@ -13,6 +13,7 @@ prompts of its own. The folder gets quality.md and quality.png.
 """
 
 import argparse
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -246,7 +247,8 @@ class Maker:
         pipe = plain(**ours.components)
         pipe.set_progress_bar_config(disable=True)
         facts, arguments = getattr(ours, "gensparse_config", {}), {}
-        if "max_sequence_length" in facts:  # what it was trained with; padding is not masked
+        takes = inspect.signature(plain.__call__).parameters
+        if "max_sequence_length" in takes and "max_sequence_length" in facts:  # FLUX does not mask padding
             arguments["max_sequence_length"] = facts["max_sequence_length"]
         return self._run(pipe, [item], arguments)[0]
 

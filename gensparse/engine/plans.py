@@ -140,7 +140,7 @@ def _unet_stages(resolved: Resolved, asked: Asked) -> list["Stage"]:
 
     arch = resolved.info.architecture
     native = Native(resolved.info.native_size // arch.vae_factor, arch.vae_factor, arch.patch)
-    return as_way(asked.text).plan(padded_size(resolved), native, resolved.request.steps or 1)
+    return as_way(asked.text, resolved.info.cascade).plan(padded_size(resolved), native, resolved.request.steps or 1)
 
 
 _FAMILY_STAGES = {"dynamic": _flow_stages, "static": _flow_stages, "steps": _unet_stages}

@@ -41,6 +41,8 @@ UNET_NOTES = {
     "max_sequence_length": PAIR_LENGTH,
     "num_inference_steps": 25,
     "guidance_scale": 5.0,
+    # as for FLUX: low frequencies stay those of the smaller picture, and little noise is put on it
+    "cascade": {"share": [0.25], "alpha": [1.0], "beta": [0.25], "sharpen": 0.0},
 }
 PROMPTS = (
     "a red circle left of a blue star on a green striped background",

@@ -14,6 +14,8 @@ from gensparse.embedded.quality import prompt_fidelity, share_right
 from gensparse.embedded.reader import Reader
 from gensparse.embedded.scenes import caption, parse_caption, random_scene
 from gensparse.engine import execute, open_model
+from gensparse.engine.plans import planned_stages
+from gensparse.engine.resolve import resolve_request
 from gensparse.errors import ConfigError, ModelError
 from gensparse.families import family_of
 from gensparse.families.published import PUBLISHED
@@ -340,3 +342,16 @@ def test_a_missing_one_says_how_to_get_it(monkeypatch):
         load_embedded(kind="unet")
     with pytest.raises(ModelError, match="embedded-unet"):
         open_model(GenerateRequest(model="embedded-unet"))
+
+
+def test_its_own_cascade_acts_in_the_pipeline_and_in_plans():
+    pipe = SDXLHighresPipeline.from_pipe(load_embedded(kind="unet"))
+    again = SDXLHighresPipeline.from_pipe(pipe)
+    planned = [stage.steps for stage in pipe.plan(1024, 1024, 20)]
+    assert planned == [20, 5, 5] == [stage.steps for stage in again.plan(1024, 1024, 20)]
+    asked = pipe.plan(1024, 1024, 20, "cascade:share=0.5")
+    assert [stage.steps for stage in asked] == [20, 10, 10]
+    assert asked[1].beta == 0.25  # what was not asked for is the model's
+    request = GenerateRequest(model="embedded-unet", prompt="a ring", size="1024", steps=20)
+    resolved = resolve_request(request, open_model(request, weights=False).info)
+    assert planned_stages(resolved) == pipe.plan(1024, 1024, 20)
