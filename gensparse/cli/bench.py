@@ -307,6 +307,9 @@ def subjects(
     attention: Annotated[
         str, typer.Option("--attention", help="Of the stages beyond the native one, where subjects act.")
     ] = "clear:radius=8",
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Scale of guidance (what the model is used with).")
+    ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16 (fp32 on the CPU, bf16 on a GPU).")] = None,
     threads: Annotated[int, typer.Option("--threads", help="Threads of the processor, per worker.")] = 1,
     device: _DEVICE = "cpu",
@@ -337,6 +340,7 @@ def subjects(
         limit=limit,
         size=size,
         attention=attention,
+        guidance=guidance,
         dtype=_torch_dtype(dtype),
         threads=threads,
         device=device,
