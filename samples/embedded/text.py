@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,26 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(length: int = CLIP_LENGTH, **more: str) -> CLIPTokenizer:
-    """Byte-level BPE whose merges, learned from the grammar's words until none is left, make every word one token."""
+    """Byte-level BPE in which every word of the grammar is one token."""
+    ids, merges = shipped_pairs() or learned_pairs()
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length, **more)
+
+
+Pairs = tuple[dict[str, int], list[tuple[str, str]]]
+"""(token -> id, merges)"""
+
+
+def shipped_pairs() -> Pairs | None:
+    """Tokens of the models that ship, to which weights that are trained further have to fit; None without them."""
+    path = Path(str(files("gensparse.embedded").joinpath("model", "tokenizer", "tokenizer.json")))
+    if not path.is_file():
+        return None
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def learned_pairs() -> Pairs:
+    """Merges learned from the grammar's words until none is left; equally frequent ones come in no fixed order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -40,10 +60,7 @@ def clip_tokenizer(length: int = CLIP_LENGTH, **more: str) -> CLIPTokenizer:
     tokenizer.train_from_iterator([w for w in vocabulary() for _ in range(2)], trainer)
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
-    tokens = [*dict.fromkeys(tokens), START, END]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=length, **more
-    )
+    return {token: i for i, token in enumerate(dict.fromkeys([*tokens, START, END]))}, merges
 
 
 def t5_tokenizer() -> PreTrainedTokenizerFast:
