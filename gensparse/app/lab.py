@@ -299,10 +299,11 @@ def settings_of(name: str) -> tuple[Setting, ...]:
     own = cls.write_text(facts["defaults"])
     if own is not None:  # a method with a form of its own
         return (Setting("", "settings", own, " ".join(facts["settings"].values())),)
+    named = {f.name for f in fields(cls) if f.name in FILES_OF_METHODS and "str" in str(f.type)}
     return tuple(
         Setting(key, _words(key), _text(value), facts["settings"].get(key, ""))
         for key, value in facts["defaults"].items()
-        if not (key in FILES_OF_METHODS and value is None)
+        if not (key in named and value is None)
     )
 
 

@@ -112,7 +112,7 @@ class Visitor:
         return self.call("customize", prompt, subjects, subject_method, *fields)
 
     def estimate(self, size: str = "2x", attention: str = "auto", image: Any = None) -> dict[str, Any]:
-        fields = [None, None, 1, "auto", image, 0.3, None]
+        fields = [None, None, 1, "auto", image, 0.3, None, None]
         return self.call("estimate", "a star", size, "embedded", attention, *fields)
 
     def upload(self, name: str, data: bytes) -> dict[str, Any]:
