@@ -1,8 +1,8 @@
 """Train an embedded model from nothing: `python samples/embedded/train.py --run DIR --minutes 120 [--model unet]`.
 
-Steps: autoencoder, tokenised captions and encoded pictures, denoiser with its text encoders, export. Each step is a
+Steps: autoencoder, encoded pictures, text encoders alone, denoiser with its text encoders, export. Each step is a
 script of its own and is skipped, or continued, when its result is already in DIR. On two CPU cores two hours give a
-usable model; more time gives a better one. The UNet takes the shipped autoencoder and teaches its text encoders first.
+usable model; more time gives a better one. The UNet takes the shipped autoencoder.
 """
 
 import argparse
@@ -42,14 +42,13 @@ def main() -> None:
             run("autoencoder", "--run", args.run, "--minutes", args.autoencoder_minutes)
     shards = [f"{kind}={count}" for kind, count in SHARDS.items()]
     run("encode", "--run", args.run, "--workers", os.cpu_count() or 1, "--shards", *shards)
-    options = ["--compile"] if args.compile else []
-    if not unet:
-        run("transformer", "--run", args.run, "--minutes", args.minutes, *options)
+    if not (args.run / "text.pt").exists():
+        run("text_meaning", "--run", args.run, "--model", args.model)
+    options = ["--minutes", args.minutes, *(["--compile"] if args.compile else [])]
+    if unet:
+        run("unet", "--run", args.run, "--decay-minutes", args.minutes / 3, *options)
     else:
-        if not (args.run / "text.pt").exists():
-            run("text_meaning", "--run", args.run)
-        options += ["--decay-minutes", args.minutes / 3]
-        run("unet", "--run", args.run, "--minutes", args.minutes, *options)
+        run("transformer", "--run", args.run, *options)
     run("export", "--run", args.run, "--model", args.model, "--out", args.out or OUT[args.model])
 
 
