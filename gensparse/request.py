@@ -296,7 +296,7 @@ class CustomizeRequest(GenerateRequest):
 
     subject: tuple[str, ...] = ()  # NAME=IMAGE[@MASK][,IMAGE[@MASK]...] each, or NAME alone
     layout: tuple[tuple[str, float, float, float, float], ...] = ()  # (name, left, top, right, bottom) in 0..1
-    subject_method: str = "freecustom"
+    subject_method: str = "auto"
     subject_prompt: tuple[str, ...] = ()  # NAME=TEXT each: of the subject's pictures or region, else its name
     subject_negative: tuple[str, ...] = ()  # NAME=TEXT each: what is not to be in its region, for subjects by words
     more_prompts: tuple[str, ...] = ()  # of further pictures, where the method draws several together

@@ -2,19 +2,20 @@
 
 The rows of the references stand first in every denoiser call of the native stage. At every step they are what the
 method wants: the clean picture at the noise of the step, drawn anew, or the latents through which an inversion of the
-picture passes. Nothing of what the denoiser makes of them goes on. Larger stages do without them.
+picture passes. Nothing of what the denoiser makes of them goes on. Larger stages do without them. Where a method has
+to know the places of subjects and nobody gives them, the native stage is drawn once without subjects before.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from gensparse.attach import applied
 from gensparse.errors import ConfigError, short, unknown_name
-from gensparse.highres.stages import Stage
+from gensparse.highres.stages import Stage, StageResult
 from gensparse.methods import Method, as_method
 from gensparse.methods.regional import FAMILIES as REGIONAL_FAMILIES
 from gensparse.methods.subject_run import mixed
@@ -24,6 +25,7 @@ from gensparse.subjects.areas import Mask, Region, Regions
 from gensparse.subjects.cast import Concept, Subjects, token_places
 from gensparse.subjects.read_masks import read_mask
 from gensparse.subjects.references import Fitted, Reference, checked_references
+from gensparse.subjects.rehearsal import Noisy, box_of, changes, grown, missing_in, without
 
 NOISED = ("freecustom", "magicface", "isolation_reposition", "reference_only", "storydiffusion")
 """Methods that see references at the noise of the step."""
@@ -40,8 +42,17 @@ COMPOSED = ("primecomposer",)
 FENCED = ("regional", MULTIDIFFUSION)
 """Methods by which every subject has a prompt in its region, and a negative one."""
 
-DEFAULT = "freecustom"
-"""What pipelines use for subjects where nothing is said."""
+AUTO = "auto"
+"""What pipelines use for subjects where nothing is said: a method by the family of the model."""
+
+USUAL = {"FLUX.1": "isolation_reposition"}
+"""Family -> its method, by `gensparse bench subjects`."""
+
+OTHERWISE = "freecustom"
+"""The method of other families, and where subjects are neither in the prompt nor in a layout."""
+
+REHEARSED = ("isolation_reposition",)
+"""Methods that find where subjects are to be in a picture that is drawn without them first."""
 
 WORDED = ("regional", "consistory", MULTIDIFFUSION)
 """Methods that know subjects by words, without pictures of them."""
@@ -54,8 +65,21 @@ Rows = Callable[[int], torch.Tensor]
 """Number of a noise level -> latents of all references there, as the pipeline's loop holds them."""
 
 
+def settled_method(value: Any, family: str, unplaced: Sequence[str], prompts: Sequence[str] | None) -> Any:
+    """What "auto" stands for; all other values as they are.
+
+    Args:
+        family: of the model; unplaced: subjects without a region; prompts: of all pictures, None where nobody knows.
+    """
+    if value != AUTO:
+        return value
+    usual = USUAL.get(family, OTHERWISE)
+    lost = usual in REHEARSED and unplaced and (prompts is None or missing_in(prompts, unplaced))
+    return OTHERWISE if lost else usual
+
+
 def subject_method(value: Method | MultiDiffusion | str | Mapping[str, Any]) -> Method | MultiDiffusion:
-    """The method for subjects that a text, dict or value names.
+    """The method for subjects that a text, dict or value names; not for "auto", see `settled_method`.
 
     Raises:
         ConfigError: none, or one that takes no subjects.
@@ -65,7 +89,7 @@ def subject_method(value: Method | MultiDiffusion | str | Mapping[str, Any]) -> 
         name, colon, rest = value.partition(":")
         value = ALIASES.get(name.strip(), name.strip()) + colon + rest
         if value.partition(":")[0] not in known:
-            raise ConfigError(unknown_name("subject method", name.strip(), (*known, *ALIASES)))
+            raise ConfigError(unknown_name("subject method", name.strip(), (AUTO, *known, *ALIASES)))
     fusion = MultiDiffusion.of(value)
     if fusion is not None:
         return fusion
@@ -124,8 +148,14 @@ def check_subjects(
         raise ConfigError(f"{method.name} takes {fixed} {what}, and {len(names)} are given; leave the others out")
     if method.name in UNETS and family != "UNet":
         raise ConfigError(f"{method.name} works on UNets such as SDXL, not on {family}; use freecustom or isolation")
-    if method.name in REGIONAL and missing:
-        raise ConfigError(f"{method.name} needs to know where {', '.join(missing)} is to be; give it a box in a layout")
+    if method.name in REHEARSED and missing:
+        scenes = prompts if prompts is not None else (words,)
+        unsaid = missing if None in scenes else missing_in(scenes, missing)
+        if unsaid:
+            raise ConfigError(
+                f"{method.name} needs to know where {', '.join(unsaid)} is to be; name it in the prompt, give it a "
+                "box in a layout, or take freecustom"
+            )
     if method.name == "magicface" and words is not None:
         unsaid = [name for name in missing if name.lower() not in words.lower()]
         if unsaid:
@@ -200,12 +230,14 @@ class Cast:
         references: one per picture, those of a subject side by side; of subjects by words one each.
         scenes: prompts of the pictures of the call.
         seed: of the noise on references.
+        found: subject -> where a rehearsal has put it, a mask for each picture of the call.
     """
 
     references: tuple[Reference, ...]
     method: Method
     scenes: tuple[str, ...] | None
     seed: int = 0
+    found: Mapping[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str | None:
@@ -245,6 +277,13 @@ class Cast:
         return self.method.name in INVERTED
 
     @property
+    def unplaced(self) -> list[str]:
+        """Subjects whose places only a rehearsal can tell."""
+        if self.method.name not in REHEARSED:
+            return []
+        return list(dict.fromkeys(item.name for item in self.references if item.region is None))
+
+    @property
     def prompts(self) -> list[str]:
         return [item.text for item in self.references]
 
@@ -264,8 +303,8 @@ class Cast:
                 mask = own.area
             number = sum(known.subject == item.name for known in concepts)
             name = f"{item.name} ({number + 1})" if number else item.name
-            region = item.place(size)
-            concepts.append(Concept(name, mask=mask, region=region, tokens=words, subject=item.name))
+            place = {"regions": self.found[item.name]} if item.name in self.found else {"region": item.place(size)}
+            concepts.append(Concept(name, mask=mask, tokens=words, subject=item.name, **place))
         return Subjects(*concepts)
 
 
@@ -296,12 +335,14 @@ class Customizes(MultiDiffuses):
         if subjects is None or (isinstance(subjects, list | tuple) and not subjects):
             yield
             return
-        references, chosen = checked_references(subjects), subject_method(method)
+        references = checked_references(subjects)
         if options.get("image") is not None:
             raise ConfigError("subjects act where a picture is drawn anew, and image= is given; leave one of both out.")
         texts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
         copies = options.get("num_images_per_prompt") or 1
         scenes = None if texts is None else tuple(text for text in texts for _ in range(copies))
+        unplaced = [item.name for item in references if item.region is None]
+        chosen = subject_method(settled_method(method, family, unplaced, scenes))
         check_subjects(
             chosen,
             family,
@@ -331,7 +372,28 @@ class Customizes(MultiDiffuses):
             handle.restart(steps=self._num_timesteps)
             yield
             facts = {"method": cast.method.to_dict(), "names": list(subjects.names), **handle.report()}
+            if cast.found:
+                facts["found"] = {name: [box_of(mask) for mask in masks] for name, masks in cast.found.items()}
             self.attention_report[-1]["subjects"] = facts
+
+    def _answers(self, prompts: list[str], drawn: torch.Tensor, stage: Stage, run: Any) -> Callable[[Noisy], Any]:
+        """Of a noise, the answers [prompts, C, h, w] of the model to a drawn picture [1, ...] with that noise."""
+        raise NotImplementedError
+
+    def _placed(self, cast: Cast, drawn: torch.Tensor, stage: Stage, run: Any, vae_tile: int | str | None) -> Cast:
+        """The cast with places for subjects that have none, looked up in the pictures of a rehearsal."""
+        assert cast.scenes is not None, "checked when the call began"
+        names = cast.unplaced
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        pictures = self._decode_result(StageResult(0, stage.height, stage.width, (), drawn.cpu()), vae_tile)
+        for one, picture, scene in zip(drawn.split(1), pictures, cast.scenes, strict=True):
+            prompts = [scene, *(without(scene, name) or "" for name in names)]
+            maps = changes(self._answers(prompts, one, stage, run), cast.seed)
+            pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            for name, mask in zip(names, grown(maps.cpu(), pixels), strict=True):
+                found[name].append(mask)
+        self._decoded = None
+        return replace(cast, found={name: tuple(masks) for name, masks in found.items()})
 
     @contextmanager
     def _told_by_words(self, cast: Cast) -> Iterator[Any]:
@@ -368,13 +430,23 @@ def regions_method(method: Any, subjects: Any) -> MultiDiffusion:
     """
     if subjects:
         raise ConfigError("regions= and subjects= are given; say subjects in prompts of regions, or leave one out.")
-    fusion = MultiDiffusion() if method == DEFAULT else MultiDiffusion.of(method)
+    fusion = MultiDiffusion() if method == AUTO else MultiDiffusion.of(method)
     if fusion is None:
         raise ConfigError(
             f"regions= are for subject_method={MULTIDIFFUSION!r}, and subject_method={short(method)} is given; use it, "
             "or gensparse.apply(pipe, Regional(regions))."
         )
     return fusion
+
+
+def nearest_level(shares: Sequence[float], wanted: float) -> int:
+    """Number of the noise level that comes nearest to a share of noise."""
+    return min(range(len(shares)), key=lambda k: abs(shares[k] - wanted))
+
+
+def noise_of(noisy: Noisy, like: torch.Tensor) -> torch.Tensor:
+    """The noise of a comparison, float32, drawn on the CPU so that it is the same on every device."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(mixed(noisy.seed))).to(like.device)
 
 
 def noise_at(clean: torch.Tensor, cast: Cast, step: int) -> torch.Tensor:

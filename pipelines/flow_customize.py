@@ -3,7 +3,7 @@
 Methods with given pictures were published for UNets alone: here they are ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,18 @@ import torch
 
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage
-from gensparse.pipelines.customize import Cast, Customizes, joined, noise_at, told_to_callbacks
+from gensparse.pipelines.customize import (
+    Cast,
+    Customizes,
+    joined,
+    nearest_level,
+    noise_at,
+    noise_of,
+    told_to_callbacks,
+)
 from gensparse.pipelines.flow_stages import FlowStages, Run, Velocity
 from gensparse.subjects.inversion import inverted
+from gensparse.subjects.rehearsal import Noisy
 
 
 class FlowCustomizes(Customizes, FlowStages):
@@ -45,6 +54,13 @@ class FlowCustomizes(Customizes, FlowStages):
             dense = replace(run, wishes=replace(run.wishes, attention="dense"))
             with self._told_by_words(cast):
                 return super()._denoise_native(stage, latents, keep, dense)
+        if cast.unplaced:
+            plain = replace(run, wishes=replace(run.wishes, attention="dense"), told=dict(run.told))
+            drawn, history = super()._denoise_native(stage, latents, keep, plain)
+            if self.interrupt:
+                return drawn, history
+            self.attention_report.pop()
+            cast = self._placed(cast, drawn, stage, run, run.wishes.vae_tile)
         count = len(cast.references)
         told = self._told_of(cast.prompts, run)
         fitted = [item.fitted((stage.height, stage.width)) for item in cast.references]
@@ -87,6 +103,21 @@ class FlowCustomizes(Customizes, FlowStages):
             return velocity(z.to(run.dtype), timesteps[k], 0, k).float()
 
         return inverted(clean, run.sigmas, slope)
+
+    def _answers(
+        self, prompts: list[str], drawn: torch.Tensor, stage: Stage, run: Run
+    ) -> Callable[[Noisy], torch.Tensor]:
+        alone = replace(run, batch=len(prompts), guided=False)
+        velocity = self._velocity_alone(self._told_of(prompts, run), stage, alone)
+        timesteps, clean = run.make_scheduler().timesteps, drawn.float()
+
+        def answer(noisy: Noisy) -> torch.Tensor:
+            k = nearest_level(run.sigmas[:-1], noisy.share)
+            z = torch.lerp(clean, noise_of(noisy, clean), run.sigmas[k])
+            z = z.expand(len(prompts), *z.shape[1:]).to(run.dtype)
+            return self._unpack(velocity(z, timesteps[k], 0, k), stage)
+
+        return answer
 
     def _check_native(self, cast: Cast, stage: Stage, run: Run) -> None:
         """ConfigError where the first stage has attention or positions of its own beside those of the subjects."""

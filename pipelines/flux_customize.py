@@ -51,7 +51,7 @@ class FluxCustomizePipeline(FlowCustomizes, FlowMultiDiffuses, FluxHighresPipeli
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "auto",
         regions: Any = None,
         **kwargs: Any,
     ) -> FluxPipelineOutput | tuple:
@@ -67,9 +67,10 @@ class FluxCustomizePipeline(FlowCustomizes, FlowMultiDiffuses, FluxHighresPipeli
             subjects (`Sequence[Reference]`, *optional*):
                 At most five subjects, each with a picture, several (eight in all) or by words; without any it is
                 [`FluxHighresPipeline`] to the bit.
-            subject_method (`str` or `Method`, defaults to `"freecustom"`):
-                "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
-                settings. The last two see the picture by its inversion, the others noised. For subjects by words
+            subject_method (`str` or `Method`, defaults to `"auto"`):
+                By default "isolation", which finds out where subjects without a region are to be by drawing the prompt
+                without them first; or "freecustom", "reference_only", "storydiffusion", "masactrl" or "style_aligned",
+                with settings. The last two see the picture by its inversion, the others noised. For subjects by words
                 "regional", which needs regions.
             regions (`Regions`, list, or path of a layout file, *optional*):
                 Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region

@@ -50,7 +50,7 @@ class PixArtCustomizePipeline(UNetCustomizes, UNetMultiDiffuses, PixArtHighresPi
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "auto",
         regions: Any = None,
         **kwargs: Any,
     ) -> ImagePipelineOutput | tuple:
@@ -66,9 +66,9 @@ class PixArtCustomizePipeline(UNetCustomizes, UNetMultiDiffuses, PixArtHighresPi
             subjects (`Sequence[Reference]`, *optional*):
                 At most five subjects, each with a picture or several (eight in all); without any it is
                 [`PixArtHighresPipeline`] to the bit.
-            subject_method (`str` or `Method`, defaults to `"freecustom"`):
-                "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
-                settings. The last two see the picture by its inversion, the others noised.
+            subject_method (`str` or `Method`, defaults to `"auto"`):
+                By default "freecustom"; or "isolation", "reference_only", "storydiffusion", "masactrl" or
+                "style_aligned", with settings. The last two see the picture by its inversion, the others noised.
             regions (`Regions`, list, or path of a layout file, *optional*):
                 Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region
                 is a call of the model under its prompt, and `prompt` is of what no region covers. Settings are those of

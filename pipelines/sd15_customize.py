@@ -30,7 +30,7 @@ class SD15CustomizePipeline(UNetComposes, UNetMultiDiffuses, SD15HighresPipeline
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "auto",
         regions: Any = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple:
@@ -46,8 +46,8 @@ class SD15CustomizePipeline(UNetComposes, UNetMultiDiffuses, SD15HighresPipeline
             subjects (`Sequence[Reference]`, *optional*):
                 At most five subjects, each with a picture, several (eight in all) or by words; without any it is
                 [`SD15HighresPipeline`] to the bit.
-            subject_method (`str` or `Method`, defaults to `"freecustom"`):
-                "freecustom", "magicface", "isolation", "reference_only", "storydiffusion", "masactrl" or
+            subject_method (`str` or `Method`, defaults to `"auto"`):
+                By default "freecustom"; or "magicface", "isolation", "reference_only", "storydiffusion", "masactrl" or
                 "style_aligned", with settings. The last two see the picture by its inversion, the others noised. For
                 subjects by words "regional", which needs regions, or "consistory", with several prompts, whose pictures
                 are drawn together. "primecomposer" puts an object, which has a region, into a background without one.

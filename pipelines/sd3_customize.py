@@ -65,7 +65,7 @@ class SD3CustomizePipeline(FlowCustomizes, FlowMultiDiffuses, SD3HighresPipeline
         prompt: str | list[str] | None = None,
         *args: Any,
         subjects: Sequence[Reference] = (),
-        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "freecustom",
+        subject_method: Method | MultiDiffusion | str | Mapping[str, Any] = "auto",
         regions: Any = None,
         **kwargs: Any,
     ) -> StableDiffusion3PipelineOutput | tuple:
@@ -81,10 +81,10 @@ class SD3CustomizePipeline(FlowCustomizes, FlowMultiDiffuses, SD3HighresPipeline
             subjects (`Sequence[Reference]`, *optional*):
                 At most five subjects, each with a picture, several (eight in all) or by words; without any it is
                 [`SD3HighresPipeline`] to the bit.
-            subject_method (`str` or `Method`, defaults to `"freecustom"`):
-                "freecustom", "isolation", "reference_only", "storydiffusion", "masactrl" or "style_aligned", with
-                settings. The last two see the picture by its inversion, the others noised. For subjects by words
-                "regional", which needs regions.
+            subject_method (`str` or `Method`, defaults to `"auto"`):
+                By default "freecustom"; or "isolation", "reference_only", "storydiffusion", "masactrl" or
+                "style_aligned", with settings. The last two see the picture by its inversion, the others noised. For
+                subjects by words "regional", which needs regions.
             regions (`Regions`, list, or path of a layout file, *optional*):
                 Parts of the picture with prompts of their own, and negative ones, fused by MultiDiffusion: every region
                 is a call of the model under its prompt, and `prompt` is of what no region covers. Settings are those of

@@ -9,9 +9,18 @@ import torch
 
 from gensparse.errors import ConfigError
 from gensparse.highres.stages import Stage
-from gensparse.pipelines.customize import Cast, Customizes, joined, noise_at, told_to_callbacks
+from gensparse.pipelines.customize import (
+    Cast,
+    Customizes,
+    joined,
+    nearest_level,
+    noise_at,
+    noise_of,
+    told_to_callbacks,
+)
 from gensparse.pipelines.unet_stages import Conditions, Levels, Run, UNetStages, noise_levels
 from gensparse.subjects.inversion import Slope, inverted, seen, unseen
+from gensparse.subjects.rehearsal import Noisy
 
 BESIDE = ("latents", "clean", "prompt_embeds", "add_text_embeds", "add_time_ids")
 """Tensors of callbacks that have rows of the references too."""
@@ -41,6 +50,11 @@ class UNetCustomizes(Customizes, UNetStages):
         self._num_timesteps = len(timesteps)
         if cast.worded:
             return self._denoise_by_words(cast, stage, stages, noise, keep, run)
+        if cast.unplaced:
+            found = self._rehearsed(stage, stages, noise, keep, replace(run, attention="dense"))
+            if self.interrupt:
+                return found
+            cast = self._placed(cast, found[0], stage, run, run.vae_tile)
 
         own = run.conditions(stage, run.guidance_scale)
         told = self._told(cast.prompts, own, run)
@@ -88,16 +102,39 @@ class UNetCustomizes(Customizes, UNetStages):
         run = replace(run, attention="dense")
         with self._told_by_words(cast) as handle:
             if getattr(cast.method, "inject", 0):
-                restored = _states(run.extra_step_kwargs)
                 with handle.rehearsal():
-                    found = super()._denoise_native(stage, stages, noise, keep, run)
+                    found = self._rehearsed(stage, stages, noise, keep, run)
                 if self.interrupt:
                     return found
-                self.attention_report.pop()
-                restored()
-                self._guidance_scale = run.guidance_scale  # a callback may have ended guidance
                 handle.restart(steps=self._num_timesteps)
             return super()._denoise_native(stage, stages, noise, keep, run)
+
+    def _rehearsed(
+        self, stage: Stage, stages: Sequence[Stage], noise: torch.Tensor, keep: Sequence[int], run: Run
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Stage 0 without subjects, which leaves nothing behind but what it gives."""
+        restored = _states(run.extra_step_kwargs)
+        found = super()._denoise_native(stage, stages, noise, keep, run)
+        if not self.interrupt:
+            self.attention_report.pop()
+            restored()
+            self._guidance_scale = run.guidance_scale  # a callback may have ended guidance
+        return found
+
+    def _answers(
+        self, prompts: list[str], drawn: torch.Tensor, stage: Stage, run: Run
+    ) -> Callable[[Noisy], torch.Tensor]:
+        levels = noise_levels(run.make_scheduler())
+        told = self._told(prompts, run.conditions(stage, run.guidance_scale), run)
+        slope, clean = self._slope(told, levels, run), unseen(drawn.float(), levels.sigmas[-1])
+        shares = [sigma / (1 + sigma) for sigma in levels.sigmas[:-1]]
+
+        def answer(noisy: Noisy) -> torch.Tensor:
+            k = nearest_level(shares, noisy.share)
+            x = clean + levels.sigmas[k] * noise_of(noisy, clean)
+            return slope(x.expand(len(prompts), *x.shape[1:]), k)
+
+        return answer
 
     def _check_attention(self, stages: Sequence[Stage], run: Run) -> None:
         """ConfigError where the first stage has a method of its own beside that of the subjects."""

@@ -61,7 +61,7 @@ def add(app: App) -> None:
         request: gr.Request,
         prompt: str = "",
         subjects: list | None = None,
-        subject_method: str = "freecustom",
+        subject_method: str = "auto",
         size: str = "",
         model: str = "embedded",
         attention: str = "auto",

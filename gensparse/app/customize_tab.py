@@ -115,9 +115,9 @@ def _draw_form(app: App, form: Form) -> list[Any]:
     drawn = gr.Textbox("", show_label=False, elem_id=_DRAWN, elem_classes="gs-hidden")
     fields["subject_method"] = gr.Dropdown(
         list(forms.subject_methods()),
-        value="freecustom",
+        value="auto",
         label="Subject method",
-        info="How the picture sees them; also NAME:key=value. isolation needs a place for each",
+        info="How the picture sees them; auto is the usual one of the model; also NAME:key=value",
         allow_custom_value=True,
         elem_id="gs-customize-method",
     )

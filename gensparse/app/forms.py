@@ -91,10 +91,10 @@ def customize_request(values: Mapping[str, Any], settings: Settings, subjects: M
 
 def subject_methods() -> tuple[str, ...]:
     """Names of the methods for subjects."""
-    from gensparse.pipelines.customize import ALIASES, COMPOSED, INVERTED, NOISED, WORDED
+    from gensparse.pipelines.customize import ALIASES, AUTO, COMPOSED, INVERTED, NOISED, WORDED
 
     short_names = {name: alias for alias, name in ALIASES.items()}
-    return tuple(short_names.get(name, name) for name in (*NOISED, *INVERTED, *COMPOSED, *WORDED))
+    return tuple(short_names.get(name, name) for name in (AUTO, *NOISED, *INVERTED, *COMPOSED, *WORDED))
 
 
 def _checked(cls: type[Request], values: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -210,8 +210,7 @@ class Maker:
 
 
 def subject_arguments(item: Item) -> dict[str, Any]:
-    """What the pipeline is told about the subjects of an item; a place where the method wants one."""
-    from gensparse.pipelines.customize import REGIONAL
+    """What the pipeline is told about the subjects of an item: never where they are to be."""
     from gensparse.subjects.references import Reference
 
     method, case = checked_method(item.method), item.case
@@ -222,7 +221,6 @@ def subject_arguments(item: Item) -> dict[str, Any]:
             case.scene.subjects[number].shape,
             case.portrait(number, NATIVE),
             case.mask(number, NATIVE),
-            region=case.region(number) if method.name in REGIONAL else None,
             prompt=case.portrait_text(number),
         )
         for number in range(len(case.portraits))

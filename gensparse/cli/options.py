@@ -99,8 +99,8 @@ SUBJECT_OPTIONS: dict[str, Any] = {
         _Text,
         "--subject-method",
         panel=SUBJECTS,
-        help="freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned|primecomposer, "
-        "or by words regional|consistory|multidiffusion, with [:key=value,...] (freecustom)",
+        help="auto|freecustom|magicface|isolation|reference_only|storydiffusion|masactrl|style_aligned|primecomposer, "
+        "or by words regional|consistory|multidiffusion, with [:key=value,...] (auto)",
     ),
 }
 

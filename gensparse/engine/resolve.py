@@ -247,14 +247,14 @@ def _shape(resolved: Resolved, stage: "Stage", *, native: bool) -> StageShape:
     guided = uses_negative(info, resolved.request.guidance or 0.0)
     passes = 2 if guided and (native or info.row.guides == "all") else 1
     if native:
-        steps = stage.steps * native_runs(resolved.request)
+        steps = stage.steps * native_runs(resolved.request, resolved.info)
         return StageShape(*size, steps, passes=passes, beside=pictures_beside(resolved.request))
     windows = _windows(resolved, size)
     if windows is not None:
         return StageShape(*size, stage.steps, passes=passes, **windows)
     attention = attention_at(resolved, *size)
     density = 1.0 if attention == "dense" else attention_density(attention, *size, info)
-    steps = stage.steps * larger_runs(resolved.request)
+    steps = stage.steps * larger_runs(resolved.request, resolved.info)
     return StageShape(*size, steps, attention, density, passes, beside=drawn_at_once(resolved.request))
 
 

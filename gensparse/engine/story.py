@@ -34,7 +34,7 @@ BANK = "bank"
 STAGES = ".gensparse-stages"
 VERSION = 1
 MAX_SESSION = 16 << 20
-DEFAULT_METHOD = "freecustom"
+DEFAULT_METHOD = "auto"
 
 Segment = Callable[["Image.Image", str], Any]
 """Picture of a subject and its name -> its mask, see `gensparse.subjects.read_masks.read_mask`."""
@@ -46,7 +46,7 @@ class StoryRequest:
 
     Args:
         base: model, size, steps and so on; its prompt is not used, and its seed (at most one) comes before the story's.
-        method: subject method, before the story's; by default freecustom.
+        method: subject method, before the story's; by default "auto", the usual one of the model.
 
     Raises:
         ConfigError: several pictures or seeds for a turn.

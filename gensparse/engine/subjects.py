@@ -118,10 +118,10 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
             "customize works with FLUX.1, Stable Diffusion 1.5, XL and 3, and PixArt, not with "
             f"{row.title} ({info.alias}); choose another -m"
         )
-    from gensparse.pipelines.customize import check_subjects, subject_method
+    from gensparse.pipelines.customize import check_subjects
     from gensparse.pipelines.unet_multidiffusion import WINDOWED
 
-    method = subject_method(request.subject_method)
+    family, method = FAMILIES.get(row.highres, "UNet"), method_of(request, info)
     if WAYS[asked.name].method:
         raise ConfigError(
             f"--highres {asked.name} has attention of its own where subjects act; use --highres cascade or none"
@@ -135,9 +135,7 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
         raise ConfigError(
             f"--highres {asked.name} denoises windows on their own, and {FUSED} has regions; use --highres cascade"
         )
-    family = FAMILIES.get(row.highres, "UNet")
     shown = request.shown
-    pictures = max(len(request.seed), request.num_images)
     check_subjects(
         method,
         family,
@@ -145,7 +143,7 @@ def check_customize(request: Request, info: ModelInfo, asked: Asked) -> None:
         [name for name, *_ in request.layout],
         request.prompt,
         pictured=[name for name, own in shown.items() if own],
-        prompts=request.prompts if request.more_prompts else (request.prompt,) * pictures,
+        prompts=_prompts(request),
         negatives=list(parse_prompts(request.subject_negative, list(shown), "negative prompt")),
     )
     empty = next((number for number, text in enumerate(request.prompts, 1) if not text.strip()), None)
@@ -166,25 +164,49 @@ def drawn_at_once(request: Request) -> int:
     return max(len(request.seed), request.num_images) if together else 1
 
 
-def native_runs(request: Request) -> int:
+def method_of(request: CustomizeRequest, info: ModelInfo) -> Any:
+    """The subject method of a request on a model.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    from gensparse.pipelines.customize import settled_method, subject_method
+
+    family = FAMILIES.get(info.row.highres, "UNet")
+    return subject_method(settled_method(request.subject_method, family, _unplaced(request), _prompts(request)))
+
+
+def _unplaced(request: CustomizeRequest) -> list[str]:
+    """Subjects without a box."""
+    placed = {name for name, *_ in request.layout}
+    return [name for name in request.shown if name not in placed]
+
+
+def _prompts(request: CustomizeRequest) -> tuple[str, ...]:
+    """Of all pictures."""
+    return request.prompts if request.more_prompts else (request.prompt,) * max(len(request.seed), request.num_images)
+
+
+def native_runs(request: Request, info: ModelInfo) -> int:
     """How often the native stage runs, in calls of the denoiser per step."""
-    return _runs(request, native=True)
+    return _runs(request, info, native=True)
 
 
-def larger_runs(request: Request) -> int:
+def larger_runs(request: Request, info: ModelInfo) -> int:
     """The same of the stages beyond it."""
-    return _runs(request, native=False)
+    return _runs(request, info, native=False)
 
 
-def _runs(request: Request, *, native: bool) -> int:
+def _runs(request: Request, info: ModelInfo, *, native: bool) -> int:
     if not isinstance(request, CustomizeRequest):
         return 1
-    from gensparse.pipelines.customize import subject_method
+    from gensparse.pipelines.customize import REHEARSED
 
-    method = subject_method(request.subject_method)
+    method = method_of(request, info)
     if method.name == FUSED:
         return 1 + len(request.shown) if native or method.larger else 1
-    return 2 if native and getattr(method, "inject", 0) else 1
+    rehearsed = getattr(method, "inject", 0) or (method.name in REHEARSED and _unplaced(request))
+    return 2 if native and rehearsed else 1
 
 
 def arguments_of(request: Request, cast: Cast | None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from gensparse.methods.subject_method import Steps, SubjectMethod, check_steps, 
 if TYPE_CHECKING:  # methods are listed and described without torch
     from gensparse.methods.subject_run import SubjectRun
 
-BIAS = {"FLUX.1": 2.0}
-"""Ours where nothing was published, by `gensparse bench subjects`; 0 on all other models."""
+PUBLISHED = {"bias": 0.0, "dropout": 0.5, "unconditional": True}
+OURS = {"FLUX.1": {"bias": 0.5, "dropout": 0.0, "unconditional": False}}
+"""Of families for which nothing was published, by `gensparse bench subjects`."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,21 @@ class IsolationReposition(SubjectMethod):
     resized onto the box of its region, and seen by the tokens of that region (reposition). And tokens of a region look
     for the most part at the portrait's prompt instead of the scene's (mutual cross-attention, UNets and PixArt).
 
-    Regions that overlap are made disjoint: the later subject wins. Where they come from is up to you: a rehearsal of
-    the scene and a detector as published, boxes, or drawn masks. Published for SDXL models at 1280 x 768. In a UNet
-    moving the reference has no effect, only its change of size has. FLUX, where moved keys get the rotation of their
-    new place, Stable Diffusion 3 and PixArt are an extension of ours without measurements.
+    Regions that overlap are made disjoint: the later subject wins. Pipelines for subjects find them by a rehearsal, the
+    scene drawn without references, in which the model's own answers show the subjects' places (published: by a
+    detector); boxes and drawn masks take its place. Published for SDXL models at 1280 x 768. In a UNet moving the
+    reference has no effect, only its change of size has. FLUX, where moved keys get the rotation of their new place,
+    Stable Diffusion 3 and PixArt are an extension of ours, the last two without measurements.
 
     Args:
         isolation: whether subjects are kept apart in the scene, in all layers.
         reposition: whether references are resized onto their regions; false shows them as they are.
-        dropout: share of the tokens that masks lose, drawn anew at every step and resolution.
-        bias: added to the logits of reference keys; none for 0, as published, and for 2 on FLUX.1, where no prompts of
-            portraits help and text is part of the same softmax.
+        dropout: share of the tokens that masks lose, drawn anew at every step and resolution; none for 0.5, as
+            published, and for 0 on FLUX.1.
+        bias: added to the logits of reference keys; none for 0, as published, and for 0.5 on FLUX.1, where no prompts
+            of portraits help and text is part of the same softmax.
+        unconditional: whether the unconditional half sees the references too; where it does not, guidance amplifies
+            them. None for true, as published, and for false on FLUX.1. Subjects are kept apart in both halves.
         cross: share of the portraits' prompts inside the regions; 0 turns mutual cross-attention off.
         start, stop: first step, and the step before which it ends, as numbers or as shares of the run; none for the
             end.
@@ -66,8 +71,9 @@ class IsolationReposition(SubjectMethod):
 
     isolation: bool = True
     reposition: bool = True
-    dropout: float = 0.5
+    dropout: float | None = None
     bias: float | None = None
+    unconditional: bool | None = None
     cross: float = 0.9
     start: Steps = 0
     stop: Steps = None
@@ -77,7 +83,10 @@ class IsolationReposition(SubjectMethod):
         super().__post_init__()
         flag(self.name, "isolation", self.isolation)
         flag(self.name, "reposition", self.reposition)
-        check_share(self.name, "dropout", self.dropout)
+        if self.dropout is not None:
+            check_share(self.name, "dropout", self.dropout)
+        if self.unconditional is not None:
+            flag(self.name, "unconditional", self.unconditional)
         check_share(self.name, "cross", self.cross)
         number = isinstance(self.bias, int | float) and not isinstance(self.bias, bool)
         if self.bias is not None and not (number and isfinite(self.bias)):
@@ -91,8 +100,8 @@ class IsolationReposition(SubjectMethod):
         return self.isolation
 
     def resolved(self, subject: Subject) -> Self:
-        settled = super().resolved(subject)
-        return settled if settled.bias is not None else replace(settled, bias=BIAS.get(subject.family, 0.0))
+        settled, usual = super().resolved(subject), OURS.get(subject.family, PUBLISHED)
+        return replace(settled, **{name: value for name, value in usual.items() if getattr(settled, name) is None})
 
     def auto_layers(self, subject: Subject, names: list[str]) -> str:
         blocks = up_blocks(names)

@@ -12,7 +12,7 @@ from gensparse.errors import ConfigError
 from gensparse.families import TensorMemo, family_of
 from gensparse.layout import Layout
 from gensparse.methods.base import At, Place, Subject
-from gensparse.methods.subject_run import Batch, Grid2, SharedSite, SubjectRun, plane
+from gensparse.methods.subject_run import CONDITIONAL, Batch, Grid2, SharedSite, SubjectRun, plane
 from gensparse.processors.agents import SiteNotes
 from gensparse.processors.rotation import Rotary, turned_to
 from gensparse.processors.shared import Seen, View, target_part
@@ -92,8 +92,8 @@ class IsolationRun(SubjectRun):
 
     def __init__(self, method: "IsolationReposition", subject: Subject, places: Mapping[str, Place]) -> None:
         super().__init__(method, subject, places)
-        self._masks: dict[Grid2, Masks] = {}
-        self._shown: dict[tuple[Grid2, int], Shown] = {}
+        self._masks: dict[tuple[Grid2, int], Masks] = {}
+        self._shown: dict[tuple[Grid2, int, int], Shown] = {}
         self._grids: dict[str, Grid2] = {}
         self._model, self._rotary = subject.model, {}
         self._crosses = subject.family in CROSSED and method.cross > 0
@@ -118,7 +118,7 @@ class IsolationRun(SubjectRun):
         return len(self.subjects)
 
     def check(self, subjects: Subjects) -> None:
-        missing = [item.name for item in subjects.concepts if item.region is None]
+        missing = [item.name for item in subjects.concepts if item.region is None and not item.regions]
         if missing:
             raise ConfigError(
                 f"{self.method.name} needs the region of {', '.join(missing)} in the scene; pass Concept(name, "
@@ -127,45 +127,62 @@ class IsolationRun(SubjectRun):
         self._masks, self._shown = {}, {}
 
     def started(self, batch: Batch, arguments: dict[str, Any]) -> None:
-        self._shown = {key: value for key, value in self._shown.items() if key[1] in (-1, batch.step)}
+        self._check_pictures(batch)
+        self._shown = {key: value for key, value in self._shown.items() if key[2] in (-1, batch.step)}
         layouts = family_of(self._model).read_layouts(self._model, arguments, TensorMemo()) if self._crosses else {}
         self._grids = {role: plane(layout) for role, layout in layouts.items() if isinstance(layout, Layout)}
 
-    def masks(self, grid: Grid2) -> Masks:
-        """The subjects on a grid."""
-        if grid not in self._masks:
-            assert self.subjects is not None, "checked when the batch was read"
-            whole = torch.ones(1, 1, dtype=torch.bool)
-            concepts = self.subjects.concepts
-            sources = [token_mask(whole if item.mask is None else item.mask, grid) for item in concepts]
-            targets = [token_mask(item.region, grid) for item in concepts if item.region is not None]
-            owners = self.subjects.owners
-            self._masks[grid] = Masks(torch.stack(sources), apart(torch.stack(targets), owners), owners)
-        return self._masks[grid]
+    def _check_pictures(self, batch: Batch) -> None:
+        """ConfigError where regions are of another number of pictures."""
+        assert self.subjects is not None, "checked when the batch was read"
+        count = batch.items - batch.references
+        for item in self.subjects.concepts:
+            if item.regions and len(item.regions) != count:
+                raise ConfigError(
+                    f"{item.name!r} has regions of {len(item.regions)} pictures, and {count} are drawn; pass one for "
+                    "each, or one region for all."
+                )
 
-    def shown(self, grid: Grid2, step: int) -> Shown:
+    def masks(self, grid: Grid2, picture: int = 0) -> Masks:
+        """The subjects on a grid, in one of the new pictures."""
+        assert self.subjects is not None, "checked when the batch was read"
+        concepts, owners = self.subjects.concepts, self.subjects.owners
+        key = (grid, picture if any(item.regions for item in concepts) else 0)
+        if key not in self._masks:
+            whole = torch.ones(1, 1, dtype=torch.bool)
+            sources = [token_mask(whole if item.mask is None else item.mask, grid) for item in concepts]
+            regions = [item.region_of(picture) for item in concepts]
+            targets = [token_mask(region, grid) for region in regions if region is not None]
+            self._masks[key] = Masks(torch.stack(sources), apart(torch.stack(targets), owners), owners)
+        return self._masks[key]
+
+    def shown(self, grid: Grid2, picture: int, step: int) -> Shown:
         """What is seen of the references on a grid, in a step where there is dropout."""
-        dropout = self.method.dropout
-        key = (grid, step if dropout else -1)
+        dropout, masks = self.method.dropout, self.masks(grid, picture)
+        key = (grid, picture, step if dropout else -1)
         if key not in self._shown:
             kept = torch.rand(grid[0] * grid[1], generator=self.draw(step, *grid, 4)) >= dropout if dropout else None
-            self._shown[key] = shown(self.masks(grid), kept, moved=self.method.reposition)
+            self._shown[key] = shown(masks, kept, moved=self.method.reposition)
         return self._shown[key]
 
     def views(self, site: SharedSite, batch: Batch, k: Tensor, v: Tensor, layout: Layout) -> list[View | None]:
-        grid = plane(layout)
-        groups = self.masks(grid).groups if self.method.isolation else None
+        grid, shared = plane(layout), self.method.kind(site.place) == "shared"
         views: list[View | None] = []
         rotary = self._rotary_of(site, layout)
-        for place in range(len(batch.halves)):
-            seen: tuple[Seen, ...] = ()
-            if self.method.kind(site.place) == "shared":
-                found, given = self.keys_of(site, batch, place, k, v, layout), self.shown(grid, batch.step)
-                seen = tuple(
-                    self._seen(source.k, source.v, move, queries, rotary)
-                    for source, move, queries in zip(found, given.moves, given.queries, strict=True)
-                )
-            views += [None] * batch.references + [View(seen, groups=groups)] * (batch.items - batch.references)
+        for place, half in enumerate(batch.halves):
+            views += [None] * batch.references
+            sees = shared and (self.method.unconditional or half == CONDITIONAL)
+            found = self.keys_of(site, batch, place, k, v, layout) if sees else []
+            for picture in range(batch.items - batch.references):
+                seen: tuple[Seen, ...] = ()
+                if sees:
+                    given = self.shown(grid, picture, batch.step)
+                    seen = tuple(
+                        self._seen(source.k, source.v, move, queries, rotary)
+                        for source, move, queries in zip(found, given.moves, given.queries, strict=True)
+                    )
+                groups = self.masks(grid, picture).groups if self.method.isolation else None
+                views.append(View(seen, groups=groups))
         return views
 
     def _seen(self, k: Tensor, v: Tensor, move: Move, queries: np.ndarray, rotary: Rotary | None) -> Seen:
@@ -192,13 +209,13 @@ class IsolationRun(SubjectRun):
             return None
         if self.method.when(At(step=batch.step, steps=batch.steps)) is not None:
             return None
-        targets = self.masks(grid).targets.flatten(1).to(out.device)
         rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "encoder_hidden_states")}
         mixed = out.clone()
         for place in range(len(batch.halves)):
             portraits = [batch.row(place, number) for number in range(batch.references)]
-            for row in range(batch.row(place, batch.references), batch.row(place, batch.items)):
-                answers = []
+            for picture in range(batch.items - batch.references):
+                row, answers = batch.row(place, batch.references + picture), []
+                targets = self.masks(grid, picture).targets.flatten(1).to(out.device)
                 for n in portraits:  # their text, and which of its tokens are padding
                     told = {key: n if key == "attention_mask" else row for key in rest}
                     own = {key: _row(value, told[key], len(hidden)) for key, value in rest.items()}

@@ -19,6 +19,7 @@ class Concept:
         name: for messages, and by which a bank knows it.
         mask: where it is in its reference picture, see `read_mask`; None for all of that picture. Any size.
         region: where it is to be in the new picture, likewise; None where the method finds that out or needs none.
+        regions: the same, one for each of several new pictures, in the place of `region`.
         latents: of the reference picture, clean, as the denoiser gets them but for its batch: [C, h, w] of UNets and
             Stable Diffusion 3, [tokens, C] of FLUX (`encode_picture` makes them). With latents the picture is
             given, and noised to the level of each step; None for one that is generated along.
@@ -36,6 +37,7 @@ class Concept:
     latents: Tensor | None = None
     tokens: tuple[Any, ...] = ()
     subject: str = ""
+    regions: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Concept:
         latents: Tensor | None = None,
         tokens: Sequence[Any] = (),
         subject: str | None = None,
+        regions: Sequence[Any] = (),
     ) -> None:
         if not (isinstance(name, str) and name.strip()):
             raise ConfigError(f"Concept name={name!r} is not allowed; pass a name.")
@@ -57,6 +60,13 @@ class Concept:
         object.__setattr__(self, "latents", latents)
         object.__setattr__(self, "tokens", _places(name, tokens))
         object.__setattr__(self, "subject", subject or name)
+        object.__setattr__(self, "regions", tuple(read_mask(one) for one in regions))
+        if region is not None and self.regions:
+            raise ConfigError(f"Concept {name!r} has region and regions; pass one of both.")
+
+    def region_of(self, picture: int) -> Tensor | None:
+        """Where it is to be in a new picture, by its number among them."""
+        return self.regions[picture] if self.regions else self.region
 
     def places(self, picture: int) -> tuple[int, ...]:
         """Places of its words in the prompt of a picture of the batch."""
