@@ -244,7 +244,8 @@ class Maker:
         """The picture of diffusers' own pipeline at the size, on the same weights."""
         ours = self.pipeline
         plain = next(cls for cls in type(ours).__mro__ if cls.__module__.startswith("diffusers.pipelines."))
-        pipe = plain(**ours.components)
+        wanted = inspect.signature(plain.__init__).parameters
+        pipe = plain(**{name: part for name, part in ours.components.items() if name in wanted})
         pipe.set_progress_bar_config(disable=True)
         facts, arguments = getattr(ours, "gensparse_config", {}), {}
         takes = inspect.signature(plain.__call__).parameters

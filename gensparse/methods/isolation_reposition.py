@@ -14,8 +14,8 @@ from gensparse.methods.subject_method import Steps, SubjectMethod, check_steps, 
 if TYPE_CHECKING:  # methods are listed and described without torch
     from gensparse.methods.subject_run import SubjectRun
 
-PUBLISHED = {"bias": 0.0, "dropout": 0.5, "unconditional": True}
-OURS = {"FLUX.1": {"bias": 0.5, "dropout": 0.0, "unconditional": False}}
+PUBLISHED = {"dropout": 0.5, "unconditional": True}
+OURS = {"FLUX.1": {"dropout": 0.0, "unconditional": False}}
 """Of families for which nothing was published, by `gensparse bench subjects`."""
 
 
@@ -40,14 +40,14 @@ class IsolationReposition(SubjectMethod):
         reposition: whether references are resized onto their regions; false shows them as they are.
         dropout: share of the tokens that masks lose, drawn anew at every step and resolution; none for 0.5, as
             published, and for 0 on FLUX.1.
-        bias: added to the logits of reference keys; none for 0, as published, and for 0.5 on FLUX.1, where no prompts
-            of portraits help and text is part of the same softmax.
-        unconditional: whether the unconditional half sees the references too; where it does not, guidance amplifies
-            them. None for true, as published, and for false on FLUX.1. Subjects are kept apart in both halves.
+        bias: added to the logits of reference keys, 0 as published. Where there is no guidance that amplifies the
+            references, more of it does.
         cross: share of the portraits' prompts inside the regions; 0 turns mutual cross-attention off.
         start, stop: first step, and the step before which it ends, as numbers or as shares of the run; none for the
             end.
         seed: of the dropout, from 0.
+        unconditional: whether the unconditional half sees the references too; where it does not, guidance amplifies
+            them. None for true, as published, and for false on FLUX.1. Subjects are kept apart in both halves.
         layers: those that share references, as numbers in the order of the computation (36-69) or names, joined by +;
             "auto" for the up blocks but their first two layers (published 36-69 of SDXL), and all layers of models
             without. "isolated" for none, where subjects are only kept apart.
@@ -72,12 +72,12 @@ class IsolationReposition(SubjectMethod):
     isolation: bool = True
     reposition: bool = True
     dropout: float | None = None
-    bias: float | None = None
-    unconditional: bool | None = None
+    bias: float = 0.0
     cross: float = 0.9
     start: Steps = 0
     stop: Steps = None
     seed: int = 0
+    unconditional: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +88,8 @@ class IsolationReposition(SubjectMethod):
         if self.unconditional is not None:
             flag(self.name, "unconditional", self.unconditional)
         check_share(self.name, "cross", self.cross)
-        number = isinstance(self.bias, int | float) and not isinstance(self.bias, bool)
-        if self.bias is not None and not (number and isfinite(self.bias)):
-            raise ConfigError(f"{self.name} bias={self.bias!r} is not allowed; pass a finite number, or none.")
+        if isinstance(self.bias, bool) or not isinstance(self.bias, int | float) or not isfinite(self.bias):
+            raise ConfigError(f"{self.name} bias={self.bias!r} is not allowed; pass a finite number.")
         for name in ("start", "stop"):
             check_steps(self.name, name, getattr(self, name))
         whole(self.name, "seed", self.seed, low=0)

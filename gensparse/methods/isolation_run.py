@@ -188,7 +188,7 @@ class IsolationRun(SubjectRun):
     def _seen(self, k: Tensor, v: Tensor, move: Move, queries: np.ndarray, rotary: Rotary | None) -> Seen:
         source, place = move.source.to(k.device), move.place.to(k.device)
         keys = k[source] if rotary is None else turned_to(k[source], rotary, source, place)
-        return Seen(keys, v[source], bias=self.method.bias or 0.0, queries=queries)
+        return Seen(keys, v[source], bias=self.method.bias, queries=queries)
 
     def _rotary_of(self, site: SharedSite, layout: Layout) -> Rotary | None:
         notes = self._rotary.get(site.name)

@@ -96,12 +96,14 @@ def grown(maps: Tensor, picture: np.ndarray) -> Tensor:
     seeds = seeded(strong)
     scale = min(1.0, SIDE / max(picture.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
-    rows, columns = ((np.arange(n) * m // n) for n, m in zip((height, width), seeds.shape, strict=True))
-    marks = seeds.numpy()[np.ix_(rows, columns)]
+    marks = np.zeros((height, width), np.int64)  # in the middle of every part, whose rest may be someone else's
+    middles = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(seeds.shape, marks.shape, strict=True))
+    marks[np.ix_(*middles)] = seeds.numpy()
     if len(np.unique(marks[marks > 0])) < 2:  # nothing to tell apart
-        return torch.from_numpy(np.stack([marks == n + 1 for n in range(len(maps))]))
+        return torch.from_numpy(np.stack([np.full(marks.shape, n + 1 in marks) for n in range(len(maps))]))
     small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0))
-    walked = random_walker(small / 255.0, marks, beta=STIFFNESS, mode="cg_j", channel_axis=-1)
+    accuracy = {"mode": "cg_j", "tol": 1e-5, "prob_tol": 0.1}
+    walked = random_walker(small / 255.0, marks, beta=STIFFNESS, channel_axis=-1, **accuracy)
     return torch.from_numpy(np.stack([walked == n + 1 for n in range(len(maps))]))
 
 

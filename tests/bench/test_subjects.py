@@ -240,17 +240,12 @@ def test_methods_that_cannot_have_two_subjects_are_refused(tmp_path, name):
         bench.Options(tmp_path, contenders=(name,))
 
 
-def test_regions_are_given_to_methods_that_want_one():
-    places = {
-        name: [r.region for r in bench.subject_arguments(bench.Item(SIDE, name, CASES[0])).get("subjects", ())]
-        for name in ("plain", "freecustom", "isolation")
-    }
-    assert places["plain"] == []
-    assert places["freecustom"] == [None, None]
-    left, top, right, bottom = places["isolation"][1]
-    second = CASES[0].scene.subjects[1]
-    assert left < second.x < right
-    assert top < second.y < bottom
+def test_nobody_is_told_where_subjects_are_to_be():
+    for name in ("freecustom", "isolation", "storydiffusion"):
+        given = bench.subject_arguments(bench.Item(SIDE, name, CASES[0]))["subjects"]
+        assert [item.region for item in given] == [None, None]
+        assert all(item.name in CASES[0].text for item in given)
+    assert bench.subject_arguments(bench.Item(SIDE, "plain", CASES[0])) == {}
 
 
 # ---------------------------------------------------------------- the run

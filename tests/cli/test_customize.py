@@ -208,7 +208,7 @@ MISTAKES = {
     "regional nowhere": (("--subject", "cat", "--subject-method", "regional"), "where cat is to be"),
     "regional picture": ((*CAT, "--subject-method", "regional"), "leave it out"),
     "consistory unet": (("--subject", "cat", "--subject-method", "consistory"), "not on FLUX.1"),
-    "needs regions": ((*CAT, "--subject-method", "isolation"), "where cat is to be"),
+    "needs a place": (("--subject", "hat=in/cat.png", "--subject-method", "isolation"), "where hat is to be"),
     "needs both": ((*CAT, "--subject-method", "masactrl:start=0"), "mask and region of 'cat'"),
     "one alone": ((*CAT, *DOG, "--subject-method", "reference_only"), "1 subject"),
     "unknown method": ((*CAT, "--subject-method", "freecustm"), "did you mean freecustom"),

@@ -406,7 +406,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "turn place": (turn(subjects=["cat"], layout=[{"subject": "dog", "box": [0, 0, 1, 1]}]), "turn 2: the layout has"),
     "turn seed": (turn(seed="1"), "turn 2: seed is '1'"),
     "turn placeless": (changed(turns=[{"prompt": "a dog and a fox"}]), "turn 1: dog, fox appears for the first time"),
-    "turn method": (changed(method="isolation", turns=turns()[1:]), "turn 1: isolation_reposition needs to know where"),
+    "turn method": (changed(method="reference_only", turns=turns()[1:]), "turn 1: reference_only takes 1 picture"),
     "set picture": (changed(method="consistory"), "consistory"),
 }
 

@@ -833,16 +833,21 @@ def test_copies_carry_the_method(how: str, what: Method) -> None:
     assert torch.equal(call(other, given), plain)
 
 
-@pytest.mark.parametrize(("model", "weight", "bias"), [("flux", 1.0, 2.0), ("sd15", 3.0, 0.0), ("sd3", 3.0, 0.0)])
-def test_weights_that_are_left_out_are_published_ones_or_those_of_the_family(model, weight, bias) -> None:
+@pytest.mark.parametrize(
+    ("model", "weight", "dropout", "both"),
+    [("flux", 1.0, 0.0, False), ("sd15", 3.0, 0.5, True), ("sd3", 3.0, 0.5, True)],
+)
+def test_weights_that_are_left_out_are_published_ones_or_those_of_the_family(model, weight, dropout, both) -> None:
     net = denoiser(model)
     subject = Subject(family_of(net).name, net)
     assert FreeCustom().resolved(subject).weights == weight
     assert FreeCustom(weights=(2.0, 0.0)).resolved(subject).weights == (2.0, 0.0)
-    assert IsolationReposition().resolved(subject).bias == bias
-    assert IsolationReposition(bias=0.0).resolved(subject).bias == 0.0
+    resolved = IsolationReposition().resolved(subject)
+    assert (resolved.dropout, resolved.unconditional) == (dropout, both)
+    resolved = IsolationReposition(dropout=0.25, unconditional=not both).resolved(subject)
+    assert (resolved.dropout, resolved.unconditional) == (0.25, not both)
     assert parse_method("freecustom:weights=none") == FreeCustom()
-    assert parse_method("isolation_reposition:bias=none") == IsolationReposition()
+    assert parse_method("isolation_reposition:dropout=none,unconditional=none") == IsolationReposition()
 
 
 def test_weights_that_are_left_out_act_like_those_that_are_given() -> None:

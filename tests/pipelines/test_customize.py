@@ -1,6 +1,7 @@
 """Subjects in tiny pipelines of stages, end to end: who sees what, callbacks, larger stages, refusals, nothing left."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ from gensparse.pipelines import (
     SD15CustomizePipeline,
     SDXLCustomizePipeline,
 )
-from gensparse.pipelines.customize import joined, noise_at, parted, rejoined, subject_method
+from gensparse.pipelines.customize import joined, noise_at, parted, rejoined, settled_method, subject_method
 from gensparse.pipelines.unet_stages import noise_levels
 from gensparse.subjects.inversion import inverted, seen
 from gensparse.subjects.read_masks import box_mask
@@ -257,9 +258,66 @@ def test_larger_stages_go_on_without_references_and_sparse(name, pipe) -> None:
     assert {count for _, count in sizes} == {2}
     assert {stage for stage, _ in sizes} == {0, 1}
     first, second = pipe.attention_report
-    assert first["subjects"]["method"]["method"] == "freecustom"
+    assert first["subjects"]["method"]["method"] == ("isolation_reposition" if name == "flux" else "freecustom")
     assert "subjects" not in second
     assert second["sparse"] > 0
+
+
+def test_places_that_nobody_gives_come_from_a_rehearsal(name, pipe, monkeypatch) -> None:
+    """The same masks given as regions make the same picture, to the bit; every picture of a call has its own."""
+    found = []
+    placed = type(pipe)._placed
+
+    def noted(self, *given):
+        found.append(placed(self, *given).found)
+        return placed(self, *given)
+
+    monkeypatch.setattr(type(pipe), "_placed", noted)
+    before, nowhere = state_of(pipe), [replace(CAT, region=None), DOG]
+    out = pipe(**call(name), subjects=nowhere, subject_method="isolation").images
+    assert state_of(pipe) == before
+    assert torch.isfinite(out).all()
+    (masks,) = found[0].values()
+    assert list(found[0]) == ["cat"]
+    assert masks[0].any()
+    (report,) = pipe.attention_report
+    assert set(report["subjects"]["found"]) == {"cat"}
+    given = [replace(CAT, region=masks[0]), DOG]
+    assert torch.equal(pipe(**call(name), subjects=given, subject_method="isolation").images, out)
+
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    two = pipe(**call(name, generator=seeds, num_images_per_prompt=2), subjects=nowhere, subject_method="isolation")
+    (masks,) = found[-1].values()
+    assert len(masks) == 2
+    torch.testing.assert_close(two.images[:1], out, rtol=0, atol=1e-4)
+    alone = pipe(**call(name, seed=4), subjects=[replace(CAT, region=masks[1]), DOG], subject_method="isolation")
+    torch.testing.assert_close(two.images[1:], alone.images, rtol=0, atol=1e-4)
+
+
+def test_a_rehearsal_can_be_stopped(name, pipe) -> None:
+    def stop(pipe, i, t, values):
+        pipe._interrupt = True
+        return {}
+
+    before = state_of(pipe)
+    pipe(**call(name, callback_on_step_end=stop), subjects=[replace(CAT, region=None)], subject_method="isolation")
+    assert state_of(pipe) == before
+    assert "subjects" not in pipe.attention_report[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "unplaced", "prompts", "usual"),
+    [
+        ("FLUX.1", ["cat"], ["a Cat on a mat"], "isolation_reposition"),
+        ("FLUX.1", [], None, "isolation_reposition"),
+        ("FLUX.1", ["cat"], None, "freecustom"),
+        ("FLUX.1", ["cat"], ["a cat", "a caterpillar"], "freecustom"),
+        ("UNet", [], ["a cat"], "freecustom"),
+    ],
+)
+def test_what_auto_stands_for(family, unplaced, prompts, usual) -> None:
+    assert settled_method("auto", family, unplaced, prompts) == usual
+    assert settled_method("magicface", family, unplaced, prompts) == "magicface"
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
@@ -320,7 +378,7 @@ def test_magicface_finds_words_in_the_prompt(sdxl) -> None:
         ({"subjects": [Reference("cat", "none.png")]}, "none.png"),
         ({"subjects": [Reference("cat", picture(0), mask=np.zeros((4, 4)))]}, "keeps nothing"),
         ({"subjects": [CAT, DOG], "subject_method": "reference_only"}, "1 subject"),
-        ({"subjects": [Reference("cat", picture(0))], "subject_method": "isolation"}, "where cat is to be"),
+        ({"subjects": [Reference("hat", picture(0))], "subject_method": "isolation"}, "where hat is to be"),
         ({"subjects": [CAT], "subject_method": "freecustm"}, "did you mean freecustom"),
         ({"subjects": [CAT], "subject_method": "clear"}, "unknown subject method"),
         ({"subjects": [CAT], "image": picture(0)}, "image="),
