@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gensparse.attach import applied
@@ -23,6 +24,7 @@ from gensparse.pipelines.multidiffusion import NAME as MULTIDIFFUSION
 from gensparse.pipelines.multidiffusion import MultiDiffuses, MultiDiffusion
 from gensparse.subjects.areas import Mask, Region, Regions
 from gensparse.subjects.cast import Concept, Subjects, token_places
+from gensparse.subjects.masks import to_grid
 from gensparse.subjects.read_masks import read_mask
 from gensparse.subjects.references import Fitted, Reference, checked_references
 from gensparse.subjects.rehearsal import Noisy, box_of, changes, grown, missing_in, without
@@ -35,6 +37,9 @@ INVERTED = ("masactrl", "style_aligned")
 
 MASKED = ("freecustom", "magicface", "isolation_reposition", "reference_only")
 """Methods that see nothing of a reference but what its mask keeps."""
+
+CUT_OUT = ("freecustom", "magicface", "isolation_reposition")
+"""Of these, methods whose references are cut out by the model itself where nobody gives a mask."""
 
 COMPOSED = ("primecomposer",)
 """Methods that put an object, which has a region, into a background, which has none."""
@@ -372,6 +377,9 @@ class Customizes(MultiDiffuses):
             handle.restart(steps=self._num_timesteps)
             yield
             facts = {"method": cast.method.to_dict(), "names": list(subjects.names), **handle.report()}
+            cut = {item.name: box_of(own.mask) for item, own in zip(cast.references, fitted, strict=True) if own.cut}
+            if cut:
+                facts["cut out"] = cut
             if cast.found:
                 facts["found"] = {name: [box_of(mask) for mask in masks] for name, masks in cast.found.items()}
             self.attention_report[-1]["subjects"] = facts
@@ -379,6 +387,27 @@ class Customizes(MultiDiffuses):
     def _answers(self, prompts: list[str], drawn: torch.Tensor, stage: Stage, run: Any) -> Callable[[Noisy], Any]:
         """Of a noise, the answers [prompts, C, h, w] of the model to a drawn picture [1, ...] with that noise."""
         raise NotImplementedError
+
+    def _cut_out(
+        self, cast: Cast, fitted: Sequence[Fitted], clean: torch.Tensor, stage: Stage, run: Any
+    ) -> list[Fitted]:
+        """References with masks for those that have none, where the method wants them: what shows their name.
+
+        Args:
+            clean: latents of the references as `_answers` takes them.
+        """
+        if cast.method.name not in CUT_OUT:
+            return list(fitted)
+        found = []
+        for item, own, latents in zip(cast.references, fitted, clean.split(1), strict=True):
+            if not own.marked:
+                prompts = [item.text, without(item.text, item.name) or ""]
+                maps = changes(self._answers(prompts, latents, stage, run), cast.seed)
+                (mask,) = grown(maps.cpu(), _bytes(own.pixels[0]))
+                inside = to_grid(own.area, tuple(mask.shape)).bool()
+                own = replace(own, mask=mask & inside if bool((mask & inside).any()) else inside, cut=True)
+            found.append(own)
+        return found
 
     def _placed(self, cast: Cast, drawn: torch.Tensor, stage: Stage, run: Any, vae_tile: int | str | None) -> Cast:
         """The cast with places for subjects that have none, looked up in the pictures of a rehearsal."""
@@ -389,8 +418,7 @@ class Customizes(MultiDiffuses):
         for one, picture, scene in zip(drawn.split(1), pictures, cast.scenes, strict=True):
             prompts = [scene, *(without(scene, name) or "" for name in names)]
             maps = changes(self._answers(prompts, one, stage, run), cast.seed)
-            pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            for name, mask in zip(names, grown(maps.cpu(), pixels), strict=True):
+            for name, mask in zip(names, grown(maps.cpu(), _bytes(picture)), strict=True):
                 found[name].append(mask)
         self._decoded = None
         return replace(cast, found={name: tuple(masks) for name, masks in found.items()})
@@ -414,6 +442,11 @@ class Customizes(MultiDiffuses):
 
 
 # --- pure helpers ---------------------------------------------------------------------------------------------------
+
+
+def _bytes(picture: torch.Tensor) -> np.ndarray:
+    """A picture [3, H, W] in -1..1 as bytes [H, W, 3]."""
+    return ((picture.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
 def _region(item: Reference) -> Region:

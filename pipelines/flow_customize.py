@@ -65,6 +65,7 @@ class FlowCustomizes(Customizes, FlowStages):
         told = self._told_of(cast.prompts, run)
         fitted = [item.fitted((stage.height, stage.width)) for item in cast.references]
         clean = self._pack(self._clean(cast, fitted, stage, run.wishes.vae_tile, run.device))
+        fitted = self._cut_out(cast, fitted, clean, stage, run)
         path = self._inverted(clean, told, stage, run) if cast.inverted else None
 
         def rows(level: int) -> torch.Tensor:

@@ -60,6 +60,7 @@ class UNetCustomizes(Customizes, UNetStages):
         told = self._told(cast.prompts, own, run)
         fitted = [item.fitted((stage.height, stage.width)) for item in cast.references]
         clean = self._clean(cast, fitted, stage, run.vae_tile, run.device)
+        fitted = self._cut_out(cast, fitted, clean, stage, run)
         path = self._inverted(clean, told, levels, run) if cast.inverted else None
         scaled = scales_latents(scheduler)
 

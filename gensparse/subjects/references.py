@@ -24,7 +24,8 @@ class Reference:
         picture: a file, a PIL picture, or an array [H, W, 3] of bytes, of any size; a list for several pictures, each a
             reference of its own; None for a subject by words alone, as the methods "regional" and "consistory" take it.
         mask: where it is in that picture: (left, top, right, bottom) in shares of its width and height, or a mask, see
-            `read_mask`; None for all of it that is not transparent. Of several pictures a list, with one for each.
+            `read_mask`; None for all of it that is not transparent, and where nothing is, for what methods that want a
+            mask find by its name; (0, 0, 1, 1) for everything. Of several pictures a list, with one for each.
         region: where it is to be: (left, top, right, bottom) in shares of width and height, or a mask; None where the
             method finds that out or needs none.
         prompt: of its pictures, or of its region; by default the name.
@@ -118,7 +119,8 @@ class Reference:
         own = None if self.mask is None else _framed(to_grid(self._masked(_sides(picture)), inner).bool(), margins)
         if own is not None and not bool(own.any()):
             raise ConfigError(f"The mask of {self.name!r} keeps nothing; paint the subject white.")
-        return Fitted(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, own, area)
+        marked = own is not None or cut is not None
+        return Fitted(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1, own, area, marked)
 
     def _masked(self, size: tuple[int, int]) -> Tensor:
         """Its mask, bool [H, W] of any size; of a box at the (height, width) of the picture."""
@@ -133,11 +135,15 @@ class Fitted:
         pixels: [1, 3, H, W] in -1..1.
         mask: bool [H, W], the subject; None where no mask was given.
         area: bool [H, W], the picture itself without repeated borders and what is transparent.
+        marked: whether the subject was marked, by a mask or by transparency.
+        cut: whether the mask was found by the model; it may have another size.
     """
 
     pixels: Tensor
     mask: Tensor | None
     area: Tensor
+    marked: bool = True
+    cut: bool = False
 
     @property
     def shown(self) -> Tensor | None:
