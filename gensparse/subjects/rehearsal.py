@@ -102,7 +102,7 @@ def grown(maps: Tensor, picture: np.ndarray) -> Tensor:
     if len(np.unique(marks[marks > 0])) < 2:  # nothing to tell apart
         return torch.from_numpy(np.stack([np.full(marks.shape, n + 1 in marks) for n in range(len(maps))]))
     small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0))
-    accuracy = {"mode": "cg_j", "tol": 1e-5, "prob_tol": 0.1}
+    accuracy = {"mode": "cg_j", "tol": 1e-5, "prob_tol": np.inf}  # its labels are wanted alone
     walked = random_walker(small / 255.0, marks, beta=STIFFNESS, channel_axis=-1, **accuracy)
     return torch.from_numpy(np.stack([walked == n + 1 for n in range(len(maps))]))
 

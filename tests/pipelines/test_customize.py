@@ -24,7 +24,9 @@ from gensparse.pipelines import (
 from gensparse.pipelines.customize import joined, noise_at, parted, rejoined, settled_method, subject_method
 from gensparse.pipelines.unet_stages import noise_levels
 from gensparse.subjects.inversion import inverted, seen
+from gensparse.subjects.masks import to_grid
 from gensparse.subjects.read_masks import box_mask
+from gensparse.subjects.rehearsal import box_of
 from gensparse.testing.tiny import tiny_pipeline
 
 SIZES = {"sd15": (24, 40), "sdxl": (40, 16), "flux": (24, 40), "sd3": (40, 24), "pixart": (24, 40)}
@@ -292,6 +294,44 @@ def test_places_that_nobody_gives_come_from_a_rehearsal(name, pipe, monkeypatch)
     torch.testing.assert_close(two.images[:1], out, rtol=0, atol=1e-4)
     alone = pipe(**call(name, seed=4), subjects=[replace(CAT, region=masks[1]), DOG], subject_method="isolation")
     torch.testing.assert_close(two.images[1:], alone.images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["freecustom", "isolation"])
+def test_references_without_a_mask_are_cut_out(name, pipe, method, monkeypatch) -> None:
+    """The same masks given make the same picture, to the bit; a mask of everything, or transparency, is left alone."""
+    found = []
+    cut = type(pipe)._cut_out
+
+    def noted(self, *given):
+        found.append(cut(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(type(pipe), "_cut_out", noted)
+    out = pipe(**call(name), subjects=[DOG], subject_method=method).images
+    ((own,),) = found
+    assert own.cut
+    assert own.mask.any()
+    assert not bool((own.mask & ~to_grid(own.area, tuple(own.mask.shape)).bool()).any()), "borders are not the dog"
+    (report,) = pipe.attention_report
+    assert report["subjects"]["cut out"] == {"dog": box_of(own.mask)}
+
+    given = [replace(own, cut=False)]
+    monkeypatch.setattr(type(pipe), "_cut_out", lambda *_: given)
+    assert torch.equal(pipe(**call(name), subjects=[DOG], subject_method=method).images, out)
+    assert "cut out" not in pipe.attention_report[0]["subjects"]
+    monkeypatch.setattr(type(pipe), "_cut_out", noted)
+
+    clear = picture(1).convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 9, 30))
+    for reference in (replace(DOG, mask=(0, 0, 1, 1)), Reference("dog", clear, region=(0.5, 0, 1, 1))):
+        pipe(**call(name), subjects=[reference], subject_method=method)
+        assert not found[-1][0].cut
+        assert "cut out" not in pipe.attention_report[0]["subjects"]
+
+
+def test_methods_that_see_whole_pictures_cut_nothing_out(name, pipe) -> None:
+    pipe(**call(name), subjects=[replace(DOG, region=None)], subject_method="reference_only")
+    assert "cut out" not in pipe.attention_report[0]["subjects"]
 
 
 def test_a_rehearsal_can_be_stopped(name, pipe) -> None:
