@@ -29,8 +29,8 @@ class Auto(Method):
     References of the target's grid are seen through the same windows, others wholly (see `methods.pictures`).
 
     Args:
-        error: relative error of a head's output that is acceptable, from 0 to 1.
-        density: share of the query-key pairs at most; where it is given, `error` rises until the windows fit it.
+        error: relative error of attention's output that is acceptable, root mean square over all heads, from 0 to 1.
+        density: share of the query-key pairs at most; where it is given, the windows fit it whatever the error.
         dense_below: tokens up to which dense attention is cheaper.
         profile: path of a profile; by default the one in the model's folder, if there is one.
 
@@ -48,7 +48,7 @@ class Auto(Method):
         "profile allows. Run `gensparse calibrate` on your model first."
     )
 
-    error: float = 0.1
+    error: float = 0.2
     density: float | None = None
     dense_below: int = 8192
     profile: str | None = None
@@ -173,20 +173,12 @@ def _box(entry: GridProfile, window: int, grid: Grid) -> Box:
 def _chosen(
     profile: Profile, layout: Layout, error: float, density: float | None
 ) -> tuple[GridProfile, tuple[tuple[int, ...], ...], float]:
-    """The entry of the profile for a layout, the window of every head, and the share of pairs they compute.
-
-    With `density`, the tolerance rises by steps of a tenth until the windows fit; the smallest windows are the end.
-    """
+    """The entry of the profile for a layout, the window of every head, and the share of pairs they compute."""
     entry = profile.nearest(layout.grid)
     shares = [_share_of(entry, w, layout) for w in range(len(entry.windows) + 1)]
-    tolerance = error
-    while True:
-        choice = entry.choose(tolerance)
-        picked = [shares[w] for row in choice for w in row]
-        share = sum(picked) / len(picked)
-        if density is None or share <= density or tolerance >= 1e3:
-            return entry, choice, share
-        tolerance *= 1.1
+    choice = entry.choose(error, shares, density)
+    picked = [shares[w] for row in choice for w in row]
+    return entry, choice, sum(picked) / len(picked)
 
 
 def _share_of(entry: GridProfile, window: int, layout: Layout) -> float:

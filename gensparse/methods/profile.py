@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,56 @@ class GridProfile:
     windows: tuple[Radii, ...]
     layers: tuple[LayerProfile, ...]
 
-    def choose(self, tolerance: float) -> tuple[tuple[int, ...], ...]:
-        """[layers][heads] number of the smallest window whose error is at most `tolerance`; len(windows) for none."""
-        return tuple(
-            tuple(next((w for w, e in enumerate(row) if e <= tolerance), len(self.windows)) for row in layer.error)
-            for layer in self.layers
-        )
+    def choose(
+        self, error: float, shares: Sequence[float], density: float | None = None
+    ) -> tuple[tuple[int, ...], ...]:
+        """[layers][heads] number of a window for every head; len(windows) for the whole grid.
+
+        The cheapest choice whose error over all heads, as `predicted` has it, is at most `error`: every head begins
+        with its cheapest window, and whoever loses most per pair that is added gets the next larger one.
+
+        Args:
+            shares: pairs that a window computes, of all pairs, with the whole grid behind the last.
+            density: mean share at most; the choice ends there whatever the error.
+        """
+        alike = [w for w, share in enumerate(shares) if density is None or share <= density]
+        choices = [self._grown(error, shares, density)]
+        choices += [tuple((w,) * len(layer.error) for layer in self.layers) for w in alike]
+        lost = [self.predicted(choice) for choice in choices]
+        costs = [sum(shares[w] for row in choice for w in row) for choice in choices]
+        number = min(range(len(choices)), key=lambda n: (max(lost[n], error), costs[n]))
+        return choices[number]
+
+    def _grown(self, error: float, shares: Sequence[float], density: float | None) -> tuple[tuple[int, ...], ...]:
+        """`choose` step by step, which a step that is large may lead past one window for all."""
+        losses = [[*(e**2 for e in row), 0.0] for layer in self.layers for row in layer.error]
+        cheapest = min(range(len(shares)), key=shares.__getitem__)
+        choice = [cheapest] * len(losses)
+        budget = math.inf if density is None else len(losses) * (density - shares[cheapest])
+        surplus = sum(row[cheapest] for row in losses) - len(losses) * error**2
+
+        def best(head: int) -> tuple[float, int, int]:
+            """(minus what is gained per pair, head, window) of its best larger window that the budget allows."""
+            now, row = choice[head], losses[head]
+            gains = (
+                ((row[w] - row[now]) / (shares[w] - shares[now]), head, w)
+                for w in range(len(shares))
+                if 0 < shares[w] - shares[now] <= budget and row[w] < row[now]
+            )
+            return min(gains, default=(0.0, head, now))
+
+        waiting = [best(head) for head in range(len(losses))]
+        heapify(waiting)
+        while surplus > 0 and waiting and waiting[0][0] < 0:
+            step = heappop(waiting)
+            _, head, window = step
+            if step == best(head):  # else the budget has shrunk
+                budget -= shares[window] - shares[choice[head]]
+                surplus -= losses[head][choice[head]] - losses[head][window]
+                choice[head] = window
+            heappush(waiting, best(head))
+        windows = iter(choice)
+        return tuple(tuple(next(windows) for _ in layer.error) for layer in self.layers)
 
     def predicted(self, choice: Sequence[Sequence[int]]) -> float:
         """Root mean square of the errors of all heads under a choice; the whole grid has none."""

@@ -34,7 +34,8 @@ METHODS = (
     "biformer:regions=8,top=8",
     "psa:block=64",
     "agentsd:cell=4",
-    "auto:density=0.25,dense_below=0",
+    "auto:density=0.08,dense_below=0",  # as many pairs as a window of radius 8
+    "auto:dense_below=0",
 )
 COLUMNS = ("attention", "size", "prompts", "measure", "value", "low", "high", "commit")
 

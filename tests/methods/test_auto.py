@@ -11,9 +11,11 @@ import torch
 
 import gensparse
 from gensparse.calibrate import _Meter, calibrate
+from gensparse.embedded import embedded_path
 from gensparse.errors import ConfigError
 from gensparse.layout import Layout
 from gensparse.methods import Auto, parse_method
+from gensparse.methods.auto import _share_of
 from gensparse.methods.profile import FILE_NAME, GridProfile, LayerProfile, Profile
 from gensparse.patterns import Box, Text
 from gensparse.plan import build_plan
@@ -99,12 +101,59 @@ def test_files_that_are_no_profile_are_refused(content: bytes | None, tmp_path: 
         Profile.load(file)
 
 
-def test_choice_is_the_smallest_window_within_the_error() -> None:
+SHARES = (0.1, 0.35, 1.0)
+
+
+def test_whoever_loses_most_gets_a_larger_window_first() -> None:
     entry = TWO.grids[0]
-    assert entry.choose(0.1) == ((0, 2), (2, 1))
-    assert entry.choose(0.25) == ((0, 1), (2, 1))
-    assert entry.choose(1.0) == ((0, 0), (0, 0))
+    assert entry.choose(1.0, SHARES) == ((0, 0), (0, 0))
+    assert entry.choose(0.3, SHARES) == ((0, 0), (2, 0)), "the middle window brings the third head nothing"
+    assert entry.choose(0.2, SHARES) == ((0, 1), (2, 0))
+    assert entry.choose(0.1, SHARES) == ((0, 2), (2, 1))
+    assert entry.choose(1e-9, SHARES) == ((2, 2), (2, 2))
     assert entry.predicted(((0, 2), (2, 1))) == pytest.approx(math.sqrt((0.05**2 + 0.08**2) / 4))
+
+
+def test_windows_that_lose_more_than_smaller_ones_are_never_chosen() -> None:
+    entry = profile({"a": [[0.2, 0.3], [0.0, 0.0]]}).grids[0]
+    for error in (1.0, 0.15, 0.1, 1e-6):
+        assert {row[0] for row in entry.choose(error, SHARES)} <= {0, 2}
+        assert entry.choose(error, SHARES)[0][1] == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_choices_cost_no_more_than_the_best_by_more_than_one_step(seed: int) -> None:
+    """Against all choices of three heads, which the small sizes allow; and never above the density."""
+    table = [sorted(row, reverse=True) for row in torch.rand(3, 2, generator=torch.manual_seed(seed)).tolist()]
+    entry = profile({"a": table[:2], "b": table[2:]}).grids[0]
+    every = [((a, b), (c,)) for a in range(3) for b in range(3) for c in range(3)]
+
+    def cost(choice: tuple[tuple[int, ...], ...]) -> float:
+        return sum(SHARES[w] for row in choice for w in row)
+
+    for error in (0.05, 0.2, 0.4, 0.6):
+        choice = entry.choose(error, SHARES)
+        assert entry.predicted(choice) <= error
+        best = min(cost(other) for other in every if entry.predicted(other) <= error)
+        assert cost(choice) <= best + 0.9
+    for density in (0.1, 0.2, 0.5, 1.0):
+        choice = entry.choose(1e-9, SHARES, density)
+        assert cost(choice) <= 3 * density + 1e-9
+        fitting = [other for other in every if cost(other) <= 3 * density - 0.9]
+        assert all(entry.predicted(choice) <= entry.predicted(other) + 1e-9 for other in fitting)
+
+
+def test_the_shipped_profile_beats_one_window_for_all_heads() -> None:
+    """At the cost of every window of the profile, on 2048 and 4096 pixels."""
+    measured = Profile.load(embedded_path() / FILE_NAME)
+    for side in (128, 256):
+        layout = Layout.image(side, side, text=32)
+        entry = measured.nearest(layout.grid)
+        for window, share in enumerate(_share_of(entry, w, layout) for w in range(len(entry.windows))):
+            alike = entry.predicted([[window] * len(layer.error) for layer in entry.layers])
+            resolved = Auto(error=1e-6, density=share, dense_below=0).planned(str(embedded_path() / FILE_NAME), None)
+            assert resolved.predicted_error(layout) <= alike + 1e-9
+            assert resolved.share(layout) <= share + 1e-9
 
 
 def test_every_head_gets_its_own_window(path: str) -> None:
