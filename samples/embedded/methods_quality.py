@@ -3,7 +3,8 @@
 Every method continues the same native drafts to `--size` pixels through the cascade, whose larger stages it computes.
 Two numbers per method, with 95% intervals over the prompts: the share of right attributes, and the PSNR against the
 picture that dense attention makes of the same draft. Finished pictures are kept; started again, the run goes on.
-`--out docs/benchmarks/methods_quality.csv` writes the table that docs/methods.md shows.
+`--out docs/benchmarks/methods_quality.csv` writes the table that docs/methods.md shows. Methods for several subjects
+come from what `gensparse bench subjects` has measured: `--subjects DIR/subjects.csv`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from gensparse.bench.quality import Item, Maker, Options, Store, load_pipeline, prompts, run_item
+from gensparse.bench.subjects import PLAIN, RENDERING, SHARED
 from gensparse.embedded.quality import Interval, bootstrap, share_right
 from gensparse.embedded.reader import Reader
 from gensparse.methods import parse_method
@@ -37,6 +39,11 @@ METHODS = (
     "auto:density=0.08,dense_below=0",  # as many pairs as a window of radius 8
     "auto:dense_below=0",
 )
+JUDGED = {
+    "score %": "pictures with both subjects right, unmixed, not copied %",
+    "colours %": "right colours of subjects %",
+    "fills %": "right fills of subjects %",
+}
 COLUMNS = ("attention", "size", "prompts", "measure", "value", "low", "high", "commit")
 
 
@@ -73,12 +80,26 @@ def rows(store: Store, options: argparse.Namespace) -> list[dict[str, str]]:
     return table
 
 
+def of_subjects(path: Path) -> list[dict[str, str]]:
+    """Rows of the table of `gensparse bench subjects` for contenders that are methods."""
+    table = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["against"] or row["contender"] in (PLAIN, SHARED, RENDERING) or row["measure"] not in JUDGED:
+                continue
+            told = (row["contender"], row["size"], row["pictures"], JUDGED[row["measure"]])
+            values = (*told, row["value"], row["low"], row["high"], row["commit"])
+            table.append(dict(zip(COLUMNS, values, strict=True)))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=24, help="prompts")
     parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--subjects", type=Path, help="subjects.csv of `gensparse bench subjects`")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5)
@@ -95,7 +116,7 @@ def main() -> None:
             item = Item(str(options.size), method, prompt)
             if item.key not in store.rows:
                 run_item(item, maker, reader, store)
-    table = rows(store, options)
+    table = rows(store, options) + ([] if options.subjects is None else of_subjects(options.subjects))
     if options.out is not None:
         with open(options.out, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

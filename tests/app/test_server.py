@@ -353,8 +353,8 @@ def test_pictures_with_subjects_from_uploads_to_file(server: Running, visitor: V
     )
     with pytest.raises(RuntimeError, match="no such job"):
         Visitor(server.url).call("turn", job, "a star", None, None)
-    with pytest.raises(RuntimeError, match="needs to know where star is to be"):
-        visitor.customize([circle, {**star, "box": None}], subject_method="isolation")
+    with pytest.raises(RuntimeError, match="needs to know where hat is to be"):
+        visitor.customize([circle, {**star, "name": "hat", "box": None}], subject_method="isolation")
     with pytest.raises(RuntimeError, match="subject 1 has a picture and no name"):
         visitor.customize([{"image": circle["image"]}])
     with pytest.raises(RuntimeError, match=r"upload|fetch"):
