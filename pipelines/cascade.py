@@ -124,8 +124,12 @@ class Stages:
         finally:
             self._free = self._cells = None
 
-    def _pinned(self, z: torch.Tensor, outside: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Latents [B, C, h, w] after a step, those that stay taken from `outside`."""
+    def _pinned(self, z: torch.Tensor, outside: Callable[[], torch.Tensor], border: int = 0) -> torch.Tensor:
+        """Latents [B, C, h, w] after a step, those that stay taken from `outside`: around the free part, and as far as
+        `border` cells from the border of the picture."""
+        if border:
+            share = border_share(z.shape[-2], z.shape[-1], border).to(z)
+            z = torch.lerp(z, outside().to(z), share)
         if self._free is None:
             return z
         if self._cells is None or self._cells.shape[-2:] != z.shape[-2:]:
@@ -395,6 +399,13 @@ def steps_to_keep(stages: Sequence[Stage], k: int, steps: int, *, native_draft: 
     if k + 1 < len(stages):
         return range(steps - stages[k + 1].steps, steps)
     return range(steps) if k == 0 and native_draft else range(0)
+
+
+def border_share(height: int, width: int, border: int) -> torch.Tensor:
+    """Share of what stays, [height, width]: 1 in the outer half of the border, falling to 0 where it ends."""
+    rows, columns = (torch.minimum(x, n - 1 - x) for x, n in ((torch.arange(n), n) for n in (height, width)))
+    distance = torch.minimum(rows[:, None], columns[None])
+    return (2 * (border - distance) / border).clamp(0, 1).float()
 
 
 def last_finished(

@@ -458,7 +458,7 @@ class FlowStages(Stages):
                 velocity = lead(z, velocity, sigma, i, step)
                 before = (z, sigma, velocity)
                 z = z + (sigma_next - sigma) * velocity
-                z = self._pinned(z, partial(torch.lerp, guide.encoded, drawn, sigma_next))
+                z = self._pinned(z, partial(torch.lerp, guide.encoded, drawn, sigma_next), stage.border)
                 z = self._end_step(index, i, t, z, before, run, stage)
                 bar.update()
         return self._pack(z).to(run.dtype), history

@@ -325,7 +325,7 @@ class UNetStages(Stages):
                 own = lead(x, own, sigma, i, step)
                 clean = x - sigma * own
                 x = x + (sigma_next - sigma) * own
-                x = self._pinned(x, partial(torch.add, guide.encoded, noise, alpha=sigma_next))
+                x = self._pinned(x, partial(torch.add, guide.encoded, noise, alpha=sigma_next), stage.border)
                 x = self._end_step(index, i, t, x, conditions, run, clean)
                 bar.update()
         sigma = sigmas[first + stage.steps] if stage.steps else 0.0

@@ -188,7 +188,7 @@ def _draw_fields(app: App, fields: dict[str, Any], number: int) -> None:
             source = file_url(uploads.small_copy(app, owner, path))
         except GensparseError as error:
             return render.error_card(str(error)), ""
-        words = f"{render.esc(path.name)}: {width} x {height} pixels. Paint or box the subject, or leave it to its name."
+        words = f"{render.esc(path.name)}: {width} x {height} pixels. Mark the subject, or leave it to its name."
         return f'<p>{words}</p><gs-mask data-src="{render.esc(source)}" data-target="{target}"></gs-mask>', ""
 
     # one at a time, since a picture may be large

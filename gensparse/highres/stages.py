@@ -28,6 +28,8 @@ class Stage:
         sharpen: strength of the unsharp mask on the upsampled picture; 0 switches it off.
         patch_shift: on every other step the model sees the latent shifted by half a token, so that the borders of
             its 2x2 patches do not build up into a grid.
+        border: latent cells at the picture's border that stay those of the enlarged picture, fading over the inner
+            half; for models that draw borders of large pictures badly.
     """
 
     height: int
@@ -40,11 +42,12 @@ class Stage:
     low_pass: str = "fft"
     sharpen: float = 1.0
     patch_shift: bool = False
+    border: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "steps"):
+        for name in ("height", "width", "steps", "border"):
             value = getattr(self, name)
-            least = 0 if name == "steps" else 1  # no steps: a picture is only enlarged
+            least = 0 if name in ("steps", "border") else 1  # no steps: a picture is only enlarged
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"Stage {name} is {value!r}; give an integer of at least {least}.")
         if self.low_pass not in LOW_PASSES:
@@ -73,6 +76,7 @@ class CascadeSettings:
     low_pass: str = "fft"
     sharpen: float = 1.0
     patch_shift: bool = True
+    border: int = 0
 
     def stage(self, upscaling: int, height: int, width: int, steps: int) -> Stage:
         """The stage of the `upscaling`-th enlargement (0 = first), out of `steps` native steps."""
@@ -91,6 +95,7 @@ class CascadeSettings:
             low_pass=self.low_pass,
             sharpen=self.sharpen,
             patch_shift=self.patch_shift,
+            border=self.border,
         )
 
 

@@ -112,6 +112,7 @@ WAYS: dict[str, WayFacts] = {
             "guidance_factor": Setting("numbers", 0.0, 100.0),
             "low_pass": Setting("word", words=("fft", "dwt")),
             "sharpen": Setting("number", 0.0, 10.0),
+            "border": Setting("whole", 0, 64),
         },
     ),
     "hidiffusion": WayFacts(

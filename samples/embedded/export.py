@@ -34,7 +34,14 @@ NOTES = {
     # what the cascade uses unless told otherwise: only the last octave is redone at every size, from sigma 0.22 on
     "attention": "clear:radius=8",
     "dense_below_tokens": 1024,
-    "cascade": {"share": [0.15], "guidance_factor": [1.0], "alpha": [1.0], "beta": [0.25], "sharpen": 0.0},
+    "cascade": {
+        "share": [0.15],
+        "guidance_factor": [1.0],
+        "alpha": [1.0],
+        "beta": [0.25],
+        "sharpen": 0.0,
+        "border": 6,
+    },
 }
 UNET_NOTES = {
     "native_size": 256,

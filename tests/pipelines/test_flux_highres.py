@@ -16,7 +16,7 @@ from gensparse.highres.rope import PositionTable
 from gensparse.highres.stage_store import FolderStageStore
 from gensparse.highres.stages import Stage
 from gensparse.pipelines import FluxHighresPipeline
-from gensparse.pipelines.cascade import choose_attention
+from gensparse.pipelines.cascade import border_share, choose_attention
 
 
 class MemoryStore(dict):
@@ -488,3 +488,36 @@ def test_sharing_a_pipeline_keeps_the_weights_type(stock):
     pipe.set_progress_bar_config(disable=True)
     images = pipe("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=16, output_type="pt").images
     assert torch.isfinite(images.float()).all()
+
+
+# --- borders
+
+
+def test_the_share_of_what_stays_falls_from_the_border():
+    share = border_share(9, 13, 4)
+    assert share[:, 6].tolist() == [1, 1, 1, 0.5, 0, 0.5, 1, 1, 1]
+    assert share[4, :5].tolist() == [1, 1, 1, 0.5, 0]
+    assert torch.equal(share, share.flip(0))
+    assert torch.equal(border_share(1, 3, 4), torch.ones(1, 3))
+    assert border_share(50, 50, 1)[1:-1, 1:-1].abs().sum() == 0
+
+
+def test_borders_stay_those_of_the_enlarged_picture(pipe, call):
+    """The outer half of the border is the enlargement when the stage is done; without a border nothing is."""
+    outs = {}
+    for name, steps, border in (("enlarged", 0, 0), ("free", 2, 0), ("kept", 2, 4)):
+        stages = [Stage(32, 32, 4), Stage(64, 48, steps, sharpen=0.0, border=border)]
+        packed = pipe(**call(height=64, width=48, stages=stages, output_type="latent")).images
+        outs[name] = pipe._unpack(packed, stages[1]).float()
+    inner = (..., slice(4, -4), slice(4, -4))
+    ring = torch.ones(outs["kept"].shape[-2:], dtype=torch.bool)
+    ring[2:-2, 2:-2] = False
+    torch.testing.assert_close(outs["kept"][..., ring], outs["enlarged"][..., ring], rtol=0, atol=1e-5)
+    assert (outs["free"][..., ring] - outs["enlarged"][..., ring]).abs().mean() > 1e-3
+    assert (outs["kept"][inner] - outs["enlarged"][inner]).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("border", [-1, 1.5, True])
+def test_borders_are_whole_numbers(border):
+    with pytest.raises(ConfigError, match="border"):
+        Stage(32, 32, 2, border=border)

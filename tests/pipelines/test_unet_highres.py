@@ -675,3 +675,15 @@ def test_what_was_applied_before_stays_unless_a_method_is_asked_for(pipe):
     assert torch.equal(run()[0], kept)
     handle.remove()
     assert torch.equal(run()[0], plain)
+
+
+def test_borders_stay_those_of_the_enlarged_picture(pipe) -> None:
+    outs = {}
+    for name, steps, border in (("enlarged", 0, 0), ("kept", 2, 4)):
+        stages = [Stage(32, 32, 4), Stage(64, 48, steps, sharpen=0.0, border=border)]
+        outs[name] = pipe(**call(height=64, width=48, stages=stages, output_type="latent")).images.float()
+    ring = torch.ones(outs["kept"].shape[-2:], dtype=torch.bool)
+    ring[2:-2, 2:-2] = False
+    rest = noise_levels(pipe.scheduler).sigmas[-1]  # that some schedulers leave
+    torch.testing.assert_close(outs["kept"][..., ring], outs["enlarged"][..., ring], rtol=0, atol=1e-5 + 5 * rest)
+    assert (outs["kept"] - outs["enlarged"])[..., 4:-4, 4:-4].abs().mean() > 1e-3
