@@ -1,4 +1,4 @@
-"""auto: dense where that is cheaper, else the smallest window per head that a measured profile calls good enough."""
+"""auto: dense where that is cheaper, else a window per head by a measured profile: pairs go where most is lost."""
 
 import math
 from collections.abc import Hashable
@@ -20,11 +20,12 @@ _MOST_USEFUL = 0.6  # a plan that computes more of all pairs than this is no fas
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Dense up to `dense_below` tokens; above, every head sees text and the smallest window that loses little enough.
+    """Dense up to `dense_below` tokens; above, every head sees text and a window of its own.
 
-    What a window loses is read from the model's profile, which `gensparse calibrate` measures: sampled queries, exact
-    over all keys. Without a profile, all heads get a window as wide as the picture the model was trained on. This
-    method is ours; only it may run dense by its own choice.
+    Windows are the cheapest ones that lose little enough over all heads: whoever loses most per pair gets more. What
+    they lose is read from the model's profile, which `gensparse calibrate` measures: sampled queries, exact over all
+    keys. Without a profile, all heads get a window as wide as the picture the model was trained on. This method is
+    ours; only it may run dense by its own choice.
 
     References of the target's grid are seen through the same windows, others wholly (see `methods.pictures`).
 
