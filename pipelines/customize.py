@@ -377,7 +377,7 @@ class Customizes(MultiDiffuses):
             handle.restart(steps=self._num_timesteps)
             yield
             facts = {"method": cast.method.to_dict(), "names": list(subjects.names), **handle.report()}
-            cut = {item.name: box_of(own.mask) for item, own in zip(cast.references, fitted, strict=True) if own.cut}
+            cut = {name: box_of(own.mask) for name, own in zip(subjects.names, fitted, strict=True) if own.cut}
             if cut:
                 facts["cut out"] = cut
             if cast.found:

@@ -110,7 +110,7 @@ def test_the_story_can_be_told_again_on_the_command_line(app: App, tmp_path: Pat
     assert str(tmp_path) not in tale.text + tale.command
     read = Story.of(json.loads(tale.text))
     assert read.turns == tale.story.turns
-    assert read.method == "freecustom"
+    assert read.method == "auto"
     assert [actor.prompt for actor in read.actors] == ["", "a blue star"]
     assert [one.box for actor in read.actors for one in actor.shown] == [(0, 0, 0.5, 1), None]
     assert tale.command == "gensparse customize --turns story.json --steps 7 --size 64x64"

@@ -77,7 +77,7 @@ def test_methods_with_a_rule_for_references_are_these() -> None:
 def test_auto_counts_what_references_cost() -> None:
     grid = (1, 13, 17)
     edit = Layout.joint(grid, text=3, references=[grid, OTHER])
-    entry = GridProfile(grid, ((1, 1, 1), (1, 3, 2)), (LayerProfile("layer", ((0.5,), (0.7,)), ((0.5,), (0.1,))),))
+    entry = GridProfile(grid, ((1, 1, 1), (1, 3, 2)), (LayerProfile("layer", ((0.5, 0.7),), ((0.5, 0.1),)),))
     for window, radius in enumerate(((1, 1), (3, 2))):
         for layout in (Layout.joint(grid, text=3), edit, Layout.joint(grid, text=3, references=[grid, grid])):
             pattern = over_pictures(Box(radius), layout)
