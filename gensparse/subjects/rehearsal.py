@@ -32,6 +32,9 @@ SURE, NOWHERE = 0.8, 0.25
 STRONGEST = 4
 """Tokens whose mean is the measure of strong."""
 
+LEAST = 6
+"""Parts per side from which on those at the border are left to the walk."""
+
 SIDE = 128
 """Pixels of the longer side at which areas grow."""
 
@@ -92,7 +95,13 @@ def grown(maps: Tensor, picture: np.ndarray) -> Tensor:
     from PIL import Image
     from skimage.segmentation import random_walker
 
-    strong = maps / maps.flatten(1).topk(min(STRONGEST, maps[0].numel())).values.mean(1)[:, None, None].clamp(min=1e-12)
+    inner = maps[:, 1:-1, 1:-1] if min(maps.shape[1:]) >= LEAST else maps
+    top = inner.flatten(1).topk(min(STRONGEST, inner[0].numel())).values.mean(1)
+    strong = maps / top[:, None, None].clamp(min=1e-12)
+    if inner is not maps:  # at the border models answer least surely: there the walk decides
+        middle = strong[:, 1:-1, 1:-1].clone()
+        strong = strong.clamp(max=(SURE + NOWHERE) / 2)
+        strong[:, 1:-1, 1:-1] = middle
     seeds = seeded(strong)
     scale = min(1.0, SIDE / max(picture.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])

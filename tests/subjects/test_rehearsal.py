@@ -115,3 +115,14 @@ def test_boxes() -> None:
     assert box_of(mask) is None
     mask[2:5, 4:10] = True
     assert box_of(mask) == (0.2, 0.2, 0.5, 0.5)
+
+
+def test_answers_that_run_wild_at_the_border_hide_nobody() -> None:
+    """Planted: at the lower border everything changes ten times as much as at the subjects."""
+    picture, masks = drawn((96, 160))
+    coarse = np.stack([np.asarray(Image.fromarray(m).resize((20, 12), Image.Resampling.BOX)) for m in masks])
+    maps = 0.1 + torch.from_numpy(coarse.astype(np.float32))
+    maps[:, -1] = 10.0
+    for one, mask in zip(grown(maps, picture), masks, strict=True):
+        whole = np.asarray(Image.fromarray(one.numpy()).resize((160, 96)))
+        assert (whole & mask).sum() / (whole | mask).sum() > 0.7
