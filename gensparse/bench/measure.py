@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,18 +79,61 @@ def gpu_extra_bytes(run: Run) -> int:
 
 def cpu_extra_bytes(run: Run) -> int | None:
     """Growth of the peak resident memory during a call; None where the system does not tell (only Linux does)."""
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
-        return None
     gc.collect()
     _trim()
-    try:
-        clear.write_text("5")  # the peak starts again from what is resident now
-    except OSError:
+    if not _restart_peak():
         return None
-    before = _kib(status, "VmRSS")
+    before = _kib("VmRSS")
     run()
-    return max(0, _kib(status, "VmHWM") - before) * 1024
+    return max(0, _kib("VmHWM") - before) * 1024
+
+
+@dataclass
+class Use:
+    """What something took.
+
+    Args:
+        seconds: of the wall clock; cpu_seconds: of all threads of this process.
+        peak_bytes: most memory held meanwhile, on the device; on a CPU all resident memory of the process, None where
+            the system does not tell (only Linux does).
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int | None = None
+
+    def shared(self, parts: int) -> "Use":
+        """Of each of so many things done at once, which share the memory."""
+        return replace(self, seconds=self.seconds / parts, cpu_seconds=self.cpu_seconds / parts)
+
+
+@contextlib.contextmanager
+def watched(device: str) -> Iterator[Use]:
+    """What a block takes, told at its end."""
+    gc.collect()
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _trim()
+    told = on_gpu or _restart_peak()
+    use, wall, cpu = Use(), time.perf_counter(), time.process_time()
+    yield use
+    if on_gpu:
+        torch.cuda.synchronize()
+    use.seconds, use.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    if told:
+        use.peak_bytes = int(torch.cuda.max_memory_allocated()) if on_gpu else _kib("VmHWM") * 1024
+
+
+def _restart_peak() -> bool:
+    """Let the peak of resident memory start again from what is resident now; whether the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _trim() -> None:
@@ -99,8 +143,9 @@ def _trim() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _kib(status: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name + ":"))
+def _kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def gemm_flops(dtype: torch.dtype, threads: int, *, size: int = 1024, rounds: int = 8) -> float:

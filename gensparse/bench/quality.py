@@ -4,26 +4,25 @@ Pictures of fresh prompts at the native size and at larger ones are measured bes
 seeds' native pictures and beside renderings of the same scenes. Larger ones are made by
 
 - the cascade, with an attention method each: "dense", "clear:radius=8" ...,
-- "direct", the size at once with stretched positions, or "direct:position=yarn" (models that have this way),
+- a way of the model (`gensparse.highres.ways`) with its settings and, behind a +, an attention method: "direct",
+  "direct:position=ntk+dense", "freescale", "hidiffusion+auto",
 - "stock", the plain pipeline of diffusers at the size, as users without gensparse get it; dense, so that it takes hours
-  at 4096.
+  at 4096, or with a method in all its steps: "stock+clear:radius=8".
 
 Finished pictures are kept with their numbers; started again, a run goes on. Several processes may share it, each with
 prompts of its own. The folder gets quality.md and quality.png.
 """
 
 import argparse
-import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from gensparse.bench.pictures import BICUBIC, RENDERING, STOCK, Contender, Item, Maker, model_info, prompts
 from gensparse.bench.store import Store
 from gensparse.bench.workers import check_workers, share_work
 from gensparse.embedded.quality import (
@@ -38,20 +37,37 @@ from gensparse.embedded.quality import (
     share_right,
 )
 from gensparse.embedded.reader import Reader
-from gensparse.embedded.render import render
-from gensparse.embedded.scenes import Scene, caption, parse_caption, random_scene
+from gensparse.embedded.scenes import Scene, parse_caption
 from gensparse.embedded.sharpness import measure_edges, seam
 from gensparse.errors import ConfigError
 
-FIRST_SEED = 9_500_000  # scenes that no training has seen
 COUNTS = {"native": 200, "1024": 60, "2048": 60, "4096": 24}  # prompts per size
-STOCK_COUNTS = {"1024": 60, "2048": 6}  # of the plain pipeline, whose cost grows with the square of the pixels
-METHODS = {  # attention per size; at sizes not named, --method
+SLOW_COUNTS = {"1024": 60, "2048": 6}  # of dense attention at once, whose cost grows with the square of the pixels
+SPARSE = ("clear:radius=8", "neighborhood:window=16x16")
+METHODS = {  # contenders per size; at sizes not named, --method
     "native": ("dense",),
-    "1024": ("dense", "direct", "stock"),
-    "2048": ("dense", "clear:radius=8", "neighborhood:window=16x16", "sliding_window:radius=8", "stock"),
+    "1024": (
+        "dense",
+        *SPARSE,
+        "direct+dense",
+        *(f"direct+{x}" for x in SPARSE),
+        STOCK,
+        *(f"stock+{x}" for x in SPARSE),
+    ),
+    "2048": ("dense", *SPARSE, "sliding_window:radius=8", "direct+dense", STOCK),
 }
-BICUBIC, RENDERING, STOCK, DIRECT = "bicubic", "rendering", "stock", "direct"
+UNET_METHODS = {
+    "native": ("dense",),
+    "1024": (
+        "cascade+dense",
+        "cascade+msw_msa",
+        "hidiffusion+auto",
+        "freescale+auto",
+        "rectifiedhr",
+        "demofusion",
+        STOCK,
+    ),
+}
 CROP, CROPS = 256, 32  # pixels per side, crops per picture for the kernel distance
 
 
@@ -100,57 +116,7 @@ class Options:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give a whole number from 1")
         for name in (self.method, *self.contenders):
-            _check_contender(name)
-
-
-def _check_contender(name: str) -> None:
-    """ConfigError for what is neither an attention method nor another way to make a picture."""
-    from gensparse.highres.ways import parse_way
-    from gensparse.methods import parse_method
-
-    if name.partition(":")[0] == DIRECT:
-        parse_way(name)
-    elif name not in ("dense", "auto", STOCK):
-        parse_method(name)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One test prompt, the scene it was said of, and the seed of its noise."""
-
-    index: int
-    seed: int
-    text: str
-    scene: Scene
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to make: `size` is "native" or pixels per side, `method` an attention method or a baseline."""
-
-    size: str
-    method: str
-    prompt: Prompt
-
-    @property
-    def key(self) -> str:
-        return f"{self.size}/{self.method}/{self.prompt.index}/{self.prompt.seed}"
-
-    @property
-    def file_name(self) -> str:
-        return self.key.replace("/", "_").replace(":", "_").replace("=", "_")
-
-
-def prompts(count: int) -> list[Prompt]:
-    """The first `count` test prompts; scenes whose caption came out empty are passed over."""
-    found: list[Prompt] = []
-    seed = FIRST_SEED
-    while len(found) < count:
-        scene = random_scene(seed)
-        if text := caption(scene, seed):
-            found.append(Prompt(len(found), seed, text, scene))
-        seed += 1
-    return found
+            Contender.read(name).check(self.model)
 
 
 def items(options: Options) -> Iterator[Item]:
@@ -159,150 +125,28 @@ def items(options: Options) -> Iterator[Item]:
         if options.only and options.only != size:
             continue
         count = min(COUNTS[size], options.limit or COUNTS[size])
+        chosen = {
+            method: SLOW_COUNTS.get(size, count) if is_slow(method) else count for method in methods_at(size, options)
+        }
         for prompt in prompts(count):
-            for method in methods_at(size, options):
-                if method != STOCK or prompt.index < STOCK_COUNTS.get(size, count):
-                    yield Item(size, method, prompt)
+            for method in (name for name, most in chosen.items() if prompt.index < most):
+                yield Item(size, method, prompt)
 
 
 def methods_at(size: str, options: Options) -> list[str]:
-    """Methods and baselines measured at a size."""
-    chosen = options.contenders if options.contenders and size != "native" else METHODS.get(size, (options.method,))
+    """Contenders and baselines measured at a size."""
+    usual = METHODS if options.baselines or model_info(options.model).row.levels != "steps" else UNET_METHODS
+    chosen = options.contenders if options.contenders and size != "native" else usual.get(size, (options.method,))
     own = [] if options.baselines else chosen
     return [*own, RENDERING] if size == "native" else [*own, BICUBIC, RENDERING]
 
 
-# ---------------------------------------------------------------- making pictures
-
-
-class NativeStage:
-    """A stage store that keeps a prompt's native stage, so that every method continues the same draft."""
-
-    def __init__(self):
-        self.result = None
-
-    def load(self, index: int):
-        return self.result if index == 0 else None
-
-    def save(self, index: int, result) -> None:
-        self.result = result if index == 0 else self.result
-
-
-class Maker:
-    """Makes the picture of an item; the pipeline is loaded when first needed."""
-
-    def __init__(self, options: Options, store: Store):
-        self.options, self.store = options, store
-        self.loaded = None
-        self.drafts: dict[tuple[int, str], NativeStage] = {}
-        self.seconds: dict[str, float] = {}  # of the items made in this run
-
-    def __call__(self, item: Item) -> Image.Image:
-        side = self.side(item)
-        if item.method == RENDERING:
-            return Image.fromarray(render(item.prompt.scene, side, side))
-        if item.method == BICUBIC:
-            return self.native(item.prompt).resize((side, side), Image.Resampling.BICUBIC)
-        return self.native(item.prompt) if item.size == "native" else self.enlarged(item)
-
-    def side(self, item: Item) -> int:
-        return self.options.native if item.size == "native" else int(item.size)
-
-    def native(self, prompt: Prompt) -> Image.Image:
-        """The seed's native picture, kept or made; its rendering when only baselines are run."""
-        if self.options.baselines:
-            return self(Item("native", RENDERING, prompt))
-        self.make_natives([prompt])
-        return Image.open(self.store.picture_path(Item("native", "dense", prompt))).convert("RGB")
-
-    def make_natives(self, wanted: list[Prompt]) -> None:
-        """Native pictures of those prompts that have none yet, as one batch."""
-        missing = [i for i in (Item("native", "dense", p) for p in wanted) if not self.store.picture_path(i).exists()]
-        if missing:
-            for item, picture in zip(missing, self.generate(missing, "dense", None), strict=True):
-                self.store.save_picture(item, picture)
-
-    def enlarged(self, item: Item) -> Image.Image:
-        """The picture of a way to a large size; methods of one prompt and size continue one native stage."""
-        if item.method == STOCK:
-            return self.stock(item)
-        if item.method.partition(":")[0] == DIRECT:
-            from gensparse.highres.ways import parse_way
-
-            asked = parse_way(item.method)
-            return self.generate([item], "auto", None, highres=asked.name, **asked.settings)[0]
-        key = (item.prompt.index, item.size)
-        if key not in self.drafts:
-            self.drafts = {key: NativeStage()}
-        return self.generate([item], item.method, self.drafts[key])[0]
-
-    def generate(self, batch: list[Item], attention: str, draft: NativeStage | None, **way: Any) -> list[Image.Image]:
-        """Pictures of one size, by our pipeline."""
-        return self._run(self.pipeline, batch, {"attention": attention, "stage_store": draft, **way})
-
-    def stock(self, item: Item) -> Image.Image:
-        """The picture of diffusers' own pipeline at the size, on the same weights."""
-        ours = self.pipeline
-        plain = next(cls for cls in type(ours).__mro__ if cls.__module__.startswith("diffusers.pipelines."))
-        wanted = inspect.signature(plain.__init__).parameters
-        pipe = plain(**{name: part for name, part in ours.components.items() if name in wanted})
-        pipe.set_progress_bar_config(disable=True)
-        facts, arguments = getattr(ours, "gensparse_config", {}), {}
-        takes = inspect.signature(plain.__call__).parameters
-        if "max_sequence_length" in takes and "max_sequence_length" in facts:  # FLUX does not mask padding
-            arguments["max_sequence_length"] = facts["max_sequence_length"]
-        return self._run(pipe, [item], arguments)[0]
-
-    @property
-    def pipeline(self) -> Any:
-        """Ours, loaded on first use."""
-        if self.loaded is None:
-            self.loaded = load_pipeline(self.options)
-        return self.loaded
-
-    def _run(self, pipe: Any, batch: list[Item], arguments: dict[str, Any]) -> list[Image.Image]:
-        side, start, info = self.side(batch[0]), time.time(), model_info(self.options.model)
-        guidance = info.guidance if self.options.guidance is None else self.options.guidance
-        pictures = pipe(
-            prompt=[item.prompt.text for item in batch],
-            negative_prompt=[""] * len(batch),
-            height=side,
-            width=side,
-            generator=[torch.Generator().manual_seed(item.prompt.seed) for item in batch],
-            num_inference_steps=self.options.steps or info.steps,
-            **{info.row.guidance: guidance},
-            **arguments,
-        ).images
-        self.seconds |= {item.key: round((time.time() - start) / len(batch), 2) for item in batch}
-        return pictures
-
-
-def load_pipeline(options: Options) -> Any:
-    """The embedded model, or the checkpoint folder or name of the options, in its pipeline of stages."""
-    from gensparse.embedded import embedded_path, load_folder
-    from gensparse.pipelines import highres_class
-
-    stock = load_folder(folder_of(options.model) or embedded_path(), getattr(torch, options.dtype))
-    pipe = highres_class(stock).from_pipe(stock).to(options.device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def model_info(model: str | None) -> Any:
-    """What is known of a model: its steps, its guidance and the argument that takes it."""
-    from gensparse.embedded import embedded_path
-    from gensparse.models import resolve
-
-    return resolve(str(folder_of(model) or embedded_path())).info
-
-
-def folder_of(model: str | None) -> Path | None:
-    """The folder of a model by its name or path; None for the shipped FLUX model."""
-    from gensparse.embedded import SHIPPED
-
-    if model is None:
-        return None
-    return SHIPPED[model]() if model in SHIPPED else Path(model)
+def is_slow(method: str) -> bool:
+    """Whether all steps have dense attention at the size."""
+    if method in (BICUBIC, RENDERING):
+        return False
+    contender = Contender.read(method)
+    return contender.way in (STOCK, "direct", "none") and contender.attention == "dense"
 
 
 # ---------------------------------------------------------------- measuring
@@ -338,16 +182,27 @@ def crops(picture: Image.Image, seed: int) -> list[np.ndarray]:
 def run_item(item: Item, maker: Maker, reader: Reader, store: Store, say: Callable[[str], None] = print) -> None:
     """Make, measure, keep; the row comes last, so what has a row has everything."""
     picture = maker(item)
-    alone = maker.options.workers == 1  # beside others a picture takes longer
-    seconds = maker.seconds.get(item.key) if alone else None
-    row = {**measure(item, picture, reader), "seconds": seconds, "device": maker.options.device}
+    row = {**measure(item, picture, reader), "device": maker.options.device, **costs(maker, item)}
     if item.size != "native":
         store.save_features(item, reader.features(crops(picture, item.prompt.seed)))
     if item.method not in (BICUBIC, RENDERING):
         store.save_picture(item, picture)
     store.add(row)
     share = share_right([row["scores"]])
-    say(f"{item.key}: right {share:.2f}, edges {row['edge_width'] or 0:.2f} px, {row['seconds']} s")
+    took = f"{row['core_seconds'] or 0:.1f} s of processor"
+    say(f"{item.key}: right {share:.2f}, edges {row['edge_width'] or 0:.2f} px, {took}")
+
+
+def costs(maker: Maker, item: Item) -> dict[str, float | None]:
+    """What it took to make the picture; nothing where this run did not make it."""
+    use = maker.used.get(item.key)
+    if use is None:
+        return dict.fromkeys(("seconds", "core_seconds", "peak_gib"))
+    return {
+        "seconds": round(use.seconds, 2) if maker.options.workers == 1 else None,  # beside others it takes longer
+        "core_seconds": round(use.cpu_seconds, 2),
+        "peak_gib": None if use.peak_bytes is None else round(use.peak_bytes / 2**30, 2),
+    }
 
 
 # ---------------------------------------------------------------- report
@@ -365,10 +220,10 @@ def mean_of(rows: list[dict], name: str) -> Interval:
     return bootstrap(values, lambda v: float(np.mean(v))) if values else Interval(np.nan, np.nan, np.nan)
 
 
-def median_seconds(rows: list[dict]) -> str:
-    """Empty for what was not generated."""
-    values = [r["seconds"] for r in rows if r["seconds"] is not None]
-    return f"{np.median(values):.1f}" if values else ""
+def median_of(rows: list[dict], name: str, digits: int = 1) -> str:
+    """Median of a column; empty for what was not generated."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{np.median(values):.{digits}f}" if values else ""
 
 
 def groups(done: list[tuple[Item, dict]]) -> dict[tuple[str, str], list[tuple[Item, dict]]]:
@@ -380,14 +235,14 @@ def groups(done: list[tuple[Item, dict]]) -> dict[tuple[str, str], list[tuple[It
 
 
 def main_table(found: dict, store: Store) -> list[str]:
-    """One row per size and method; seconds per picture, for large ones on from the kept native stage.
+    """One row per size and method, with the medians of what a picture took; cascades begin at the kept native stage.
 
-    None are told of pictures that several workers made side by side.
+    Seconds are those of the wall clock, of pictures made by one worker; core seconds count all threads.
     """
     lines = [
         "| size | method | pictures | right attributes % | right count % | with duplicates % | edge width px "
-        "| overshoot % | seam levels | kernel distance x1000 | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| overshoot % | seam levels | kernel distance x1000 | seconds | core seconds | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (size, method), members in found.items():
         rows = [row for _, row in members]
@@ -405,7 +260,9 @@ def main_table(found: dict, store: Store) -> list[str]:
             shown(mean_of(rows, "overshoot")),
             shown(mean_of(rows, "seam")),
             "" if distance is None else shown(distance, 1000),
-            median_seconds(rows),
+            median_of(rows, "seconds"),
+            median_of(rows, "core_seconds"),
+            median_of(rows, "peak_gib", 2),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from gensparse.bench.quality import folder_of, median_seconds, model_info, shown
+from gensparse.bench.pictures import folder_of, model_info
+from gensparse.bench.quality import median_of, shown
 from gensparse.bench.record import origin
 from gensparse.bench.store import Store
 from gensparse.bench.subject_cases import Case, cases
@@ -313,7 +314,12 @@ def main_table(found: dict[str, list[Row]]) -> list[str]:
     ]
     for method, rows in found.items():
         values = [measured(rows, name) for name in MEASURES]
-        cells = [method, str(len(rows)), *("" if v is None else shown(v, 100, 0) for v in values), median_seconds(rows)]
+        cells = [
+            method,
+            str(len(rows)),
+            *("" if v is None else shown(v, 100, 0) for v in values),
+            median_of(rows, "seconds"),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

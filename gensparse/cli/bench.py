@@ -238,8 +238,8 @@ def quality(
         list[str] | None,
         typer.Option(
             "--contender",
-            help="What makes large pictures: an attention method, dense, direct, direct:position=yarn, stock; repeat "
-            "(what the size is usually compared with).",
+            help="What makes large pictures: an attention method or dense (cascade), a way such as direct or "
+            "hidiffusion+auto, direct+clear:radius=8, stock; repeat (what the size is usually compared with).",
         ),
     ] = None,
     baselines: Annotated[
@@ -253,9 +253,10 @@ def quality(
     """Measure pictures of the embedded model: attributes, counts, duplicates, edges, seams, distance to renderings.
 
     Contenders of a size continue the same native pictures, beside bicubic enlargements and renderings of the same
-    scenes; "stock" is diffusers' plain pipeline at that size. Resumable: every finished picture is kept with its
-    numbers. All of it takes hours on two cores. 95% intervals are bootstrapped over the prompts. Workers share the
-    prompts; seconds are told where there is one worker only.
+    scenes; "stock" is diffusers' plain pipeline at that size. A way and an attention method are joined by +.
+    Resumable: every finished picture is kept with its numbers. All of it takes hours on two cores. 95% intervals are
+    bootstrapped over the prompts. Workers share the prompts; seconds are told where there is one worker only, seconds
+    of the processor and peak memory always.
 
     Examples:
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gensparse.bench.quality import Item, Maker, Options, Store, load_pipeline, prompts, run_item
+from gensparse.bench.pictures import Item, Maker, load_pipeline, prompts
+from gensparse.bench.quality import Options, Store, run_item
 from gensparse.bench.subjects import PLAIN, RENDERING, SHARED
 from gensparse.embedded.quality import Interval, bootstrap, share_right
 from gensparse.embedded.reader import Reader

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gensparse.bench.quality import Item, Options, items, prompts, run_quality, work
+from gensparse.bench.pictures import Item, prompts
+from gensparse.bench.quality import Options, items, run_quality, work
 from gensparse.bench.store import Store
 from gensparse.bench.workers import share_work
 from gensparse.errors import ConfigError, ParallelError
@@ -151,7 +152,9 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(tmp_path, mo
 
 
 def test_the_device_decides_the_dtype_and_seconds_are_those_of_one_process(tmp_path):
-    from gensparse.bench.quality import Maker, run_item
+    from gensparse.bench.measure import Use
+    from gensparse.bench.pictures import Maker
+    from gensparse.bench.quality import run_item
     from gensparse.embedded.reader import Reader
 
     assert Options(tmp_path).dtype == "float32"
@@ -161,7 +164,8 @@ def test_the_device_decides_the_dtype_and_seconds_are_those_of_one_process(tmp_p
     for workers, seconds in ((1, 4.5), (2, None)):
         store = Store(tmp_path)
         maker = Maker(Options(tmp_path, workers=workers), store)
-        maker.seconds[item.key] = 4.5
+        maker.used[item.key] = Use(seconds=4.5, cpu_seconds=3.25, peak_bytes=2**29)
         run_item(item, maker, Reader.load(), store, lambda text: None)
         assert store.rows[item.key]["seconds"] == seconds
-        assert store.rows[item.key]["device"] == "cpu"
+        told = {name: store.rows[item.key][name] for name in ("device", "core_seconds", "peak_gib")}
+        assert told == {"device": "cpu", "core_seconds": 3.25, "peak_gib": 0.5}

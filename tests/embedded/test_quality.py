@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gensparse.bench.quality import prompts
+from gensparse.bench.pictures import prompts
 from gensparse.embedded import defects
 from gensparse.embedded.quality import (
     KernelBlocks,
@@ -314,7 +314,7 @@ def fake_pipeline(calls: list):
 def test_the_run_resumes_and_reports(harness, tmp_path, monkeypatch):
     calls: list = []
     monkeypatch.setattr(harness, "COUNTS", {"native": 3, "320": 2})
-    monkeypatch.setattr(harness, "load_pipeline", lambda options: fake_pipeline(calls))
+    monkeypatch.setattr("gensparse.bench.pictures.load_pipeline", lambda options: fake_pipeline(calls))
     monkeypatch.setattr(harness, "METHODS", {"native": ("dense",), "320": ("dense", "clear:radius=8")})
     monkeypatch.setattr(harness, "CROPS", 3)
     arguments = ["--run", str(tmp_path), "--batch", "2"]
