@@ -86,9 +86,10 @@ class Contender(NamedTuple):
 
         way, plus, attention = (part.strip() for part in text.partition("+"))
         name = way.partition(":")[0]
-        if not plus and name != STOCK and (name not in WAYS or name in METHODS):
-            way, attention = CASCADE, way
-        attention = attention or ("dense" if way == STOCK else "auto")
+        if not plus:
+            attention = "dense" if name == STOCK else "auto"
+            if name != STOCK and (name not in WAYS or name in METHODS):
+                way, attention = CASCADE, way
         if attention not in ("dense", "auto"):
             parse_method(attention)
         return cls(STOCK if way == STOCK else parse_way(way).name, way, attention)
