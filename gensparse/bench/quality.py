@@ -41,32 +41,20 @@ from gensparse.embedded.scenes import Scene, parse_caption
 from gensparse.embedded.sharpness import measure_edges, seam
 from gensparse.errors import ConfigError
 
-COUNTS = {"native": 200, "1024": 60, "2048": 60, "4096": 24}  # prompts per size
-SLOW_COUNTS = {"1024": 60, "2048": 6}  # of dense attention at once, whose cost grows with the square of the pixels
+COUNTS = {"native": 200, "512": 60, "1024": 60, "2048": 60, "4096": 24}  # prompts per size
+SLOW_COUNTS = {"2048": 6}  # of dense attention in all steps, whose cost grows with the square of the pixels
 SPARSE = ("clear:radius=8", "neighborhood:window=16x16")
-METHODS = {  # contenders per size; at sizes not named, --method
+AT_ONCE = tuple(f"{way}+{attention}" for way in ("direct", STOCK) for attention in ("dense", *SPARSE))
+METHODS = {  # contenders per size
     "native": ("dense",),
-    "1024": (
-        "dense",
-        *SPARSE,
-        "direct+dense",
-        *(f"direct+{x}" for x in SPARSE),
-        STOCK,
-        *(f"stock+{x}" for x in SPARSE),
-    ),
+    "1024": ("dense", *SPARSE, *AT_ONCE),
     "2048": ("dense", *SPARSE, "sliding_window:radius=8", "direct+dense", STOCK),
+    "4096": ("clear:radius=8",),
 }
+UNET_WAYS = ("hidiffusion", "freescale", "rectifiedhr", "demofusion", "c_upscale")
 UNET_METHODS = {
     "native": ("dense",),
-    "1024": (
-        "cascade+dense",
-        "cascade+msw_msa",
-        "hidiffusion+auto",
-        "freescale+auto",
-        "rectifiedhr",
-        "demofusion",
-        STOCK,
-    ),
+    **dict.fromkeys(("512", "1024"), ("dense", "msw_msa", *(f"{way}+auto" for way in UNET_WAYS), STOCK)),
 }
 CROP, CROPS = 256, 32  # pixels per side, crops per picture for the kernel distance
 
@@ -78,9 +66,8 @@ class Options:
     Args:
         run: folder of results; a run in it goes on.
         model: pipeline folder or name; the shipped FLUX model by default.
-        only: one size; limit: prompts per size.
-        method: what makes pictures of sizes that `METHODS` does not name.
-        contenders: takes the place of `METHODS` at all sizes but the native one.
+        only: one size, by default all that models of the kind are usually measured at; limit: prompts per size.
+        contenders: take the place of the usual ones at all sizes but the native one.
         baselines: bicubic and renderings only, without a model.
         native: pixels per side of the model's native size; steps, guidance: the model's own without.
         dtype: "float32" (default of "cpu") or "bfloat16" (of "cuda").
@@ -93,7 +80,6 @@ class Options:
     model: str | None = None
     only: str | None = None
     limit: int | None = None
-    method: str = "clear:radius=8"
     contenders: tuple[str, ...] = ()
     baselines: bool = False
     native: int = 256
@@ -115,15 +101,13 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give a whole number from 1")
-        for name in (self.method, *self.contenders):
+        for name in self.contenders:
             Contender.read(name).check(self.model)
 
 
 def items(options: Options) -> Iterator[Item]:
     """Everything to measure, smaller sizes first; all methods see the same prompts and seeds."""
-    for size in COUNTS:
-        if options.only and options.only != size:
-            continue
+    for size in usual(options) if options.only is None else (options.only,):
         count = min(COUNTS[size], options.limit or COUNTS[size])
         chosen = {
             method: SLOW_COUNTS.get(size, count) if is_slow(method) else count for method in methods_at(size, options)
@@ -133,10 +117,14 @@ def items(options: Options) -> Iterator[Item]:
                 yield Item(size, method, prompt)
 
 
+def usual(options: Options) -> dict[str, tuple[str, ...]]:
+    """Sizes and contenders of models of the kind; baselines need no model."""
+    return METHODS if options.baselines or model_info(options.model).row.levels != "steps" else UNET_METHODS
+
+
 def methods_at(size: str, options: Options) -> list[str]:
     """Contenders and baselines measured at a size."""
-    usual = METHODS if options.baselines or model_info(options.model).row.levels != "steps" else UNET_METHODS
-    chosen = options.contenders if options.contenders and size != "native" else usual.get(size, (options.method,))
+    chosen = options.contenders if options.contenders and size != "native" else usual(options).get(size, ("dense",))
     own = [] if options.baselines else chosen
     return [*own, RENDERING] if size == "native" else [*own, BICUBIC, RENDERING]
 
@@ -421,7 +409,6 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--model", help="pipeline folder or name; the shipped FLUX model without")
     parser.add_argument("--only", choices=tuple(COUNTS))
     parser.add_argument("--limit", type=int, help="prompts per size")
-    parser.add_argument("--method", default="clear:radius=8", help="attention at 4096")
     parser.add_argument("--baselines", action="store_true", help="bicubic and renderings only, without a model")
     parser.add_argument("--native", type=int, default=256, help="pixels per side of the model's native size")
     parser.add_argument("--steps", type=int, help="of the native stage; the model's own without")

@@ -231,9 +231,12 @@ def quality(
         str | None, typer.Option("-m", "--model", help="A model trained on the scenes: name or folder (embedded).")
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="native, 1024, 2048 or 4096 pixels per side (all of them).")
+        str | None,
+        typer.Option("--size", help="native, 512, 1024, 2048 or 4096 pixels per side (usual ones of the model)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Prompts per size (200, 60, 60 and 24).")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Prompts per size (200 native ones, 24 at 4096, 60 at others).")
+    ] = None,
     contender: Annotated[
         list[str] | None,
         typer.Option(
