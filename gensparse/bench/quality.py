@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from gensparse.bench.pictures import BICUBIC, RENDERING, STOCK, Contender, Item, Maker, model_info, prompts
 from gensparse.bench.store import Store
@@ -57,6 +57,7 @@ UNET_METHODS = {
     **dict.fromkeys(("512", "1024"), ("dense", "msw_msa", *(f"{way}+auto" for way in UNET_WAYS), STOCK)),
 }
 CROP, CROPS = 256, 32  # pixels per side, crops per picture for the kernel distance
+NAMES = 168  # pixels for names beside pictures
 
 
 @dataclass(frozen=True)
@@ -326,20 +327,24 @@ def kernel_interval(found: dict, store: Store, size: str, method: str, minus: st
 
 
 def picture_grid(found: dict, maker: Maker, path: Path, columns: int = 6, side: int = 256) -> None:
-    """Whole pictures and, at large sizes, crops at full resolution below them: one row of prompts per method."""
+    """A row per method, named at its left: whole pictures and, at large sizes, crops at full resolution below them."""
     strips = []
-    for members in found.values():
+    for (size, method), members in found.items():
         pictures = []
         for item, _ in members[:columns]:
             kept = maker.store.picture_path(item)
             pictures.append(Image.open(kept).convert("RGB") if kept.exists() else maker(item))
-        strips.append([p.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0) for p in pictures])
-        if members[0][0].size != "native":
-            strips.append([edge_crop(p, item.prompt.scene) for p, (item, _) in zip(pictures, members, strict=False)])
-    grid = Image.new("RGB", (columns * side, len(strips) * side), "white")
-    for row, strip in enumerate(strips):
+        small = [p.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0) for p in pictures]
+        strips.append((f"{size}\n{method}".replace("+", "\n+").replace(":", ":\n"), small))
+        if size != "native":
+            own = [edge_crop(p, item.prompt.scene) for p, (item, _) in zip(pictures, members, strict=False)]
+            strips.append((f"{CROP} pixels\nof it", own))
+    grid = Image.new("RGB", (NAMES + columns * side, len(strips) * side), "white")
+    pen = ImageDraw.Draw(grid)
+    for row, (name, strip) in enumerate(strips):
+        pen.text((6, row * side + 6), name, fill="black", font=ImageFont.load_default(16))
         for column, picture in enumerate(strip):
-            grid.paste(picture, (column * side, row * side))
+            grid.paste(picture, (NAMES + column * side, row * side))
     grid.save(path)
 
 

@@ -330,7 +330,7 @@ def test_the_run_resumes_and_reports(harness, tmp_path, monkeypatch):
     report = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "| 320 | clear:radius=8 | 2 | 100.0 (100.0..100.0)" in report
     assert "times narrower edges" in report
-    assert Image.open(tmp_path / "quality.png").size[0] == 6 * 256
+    assert Image.open(tmp_path / "quality.png").size[0] == harness.NAMES + 6 * 256
 
 
 def test_a_run_is_not_continued_with_other_settings(harness, tmp_path):
