@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gensparse.bench.quality import Options
 
 FIRST_SEED = 9_500_000  # scenes that no training has seen
+CROP = 256  # pixels per side of crops at full resolution
 BICUBIC, RENDERING, STOCK, CASCADE = "bicubic", "rendering", "stock", "cascade"
 
 

@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from gensparse.bench.pictures import folder_of, model_info
-from gensparse.bench.quality import median_of, shown
+from gensparse.bench.quality_report import median_of, shown
 from gensparse.bench.record import origin
 from gensparse.bench.store import Store
 from gensparse.bench.subject_cases import Case, cases

@@ -1,5 +1,6 @@
 """Every measure praises renderings and fails on its planted defect."""
 
+import csv
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from gensparse.bench.pictures import prompts
+from gensparse.bench.quality_report import NAMES
 from gensparse.embedded import defects
 from gensparse.embedded.quality import (
     KernelBlocks,
@@ -330,7 +332,13 @@ def test_the_run_resumes_and_reports(harness, tmp_path, monkeypatch):
     report = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "| 320 | clear:radius=8 | 2 | 100.0 (100.0..100.0)" in report
     assert "times narrower edges" in report
-    assert Image.open(tmp_path / "quality.png").size[0] == harness.NAMES + 6 * 256
+    with (tmp_path / "quality.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["contender"] == "clear:radius=8"]
+    told = {row["measure"]: float(row["value"]) for row in rows}
+    assert told["right attributes %"] == 100
+    assert told["edge width px"] > 1
+    assert {row["pictures"] for row in rows} == {"2"}
+    assert Image.open(tmp_path / "quality.png").size[0] == NAMES + 6 * 256
 
 
 def test_a_run_is_not_continued_with_other_settings(harness, tmp_path):
