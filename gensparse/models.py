@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gensparse.errors import ModelError, unknown_name
-from gensparse.families.checkpoints import CHECKPOINTS, Checkpoint
+from gensparse.families.checkpoints import AT_ONCE, CHECKPOINTS, Checkpoint
 from gensparse.families.checkpoints import PIPELINES as FAMILIES  # pipeline class of model_index.json -> family
 from gensparse.families.published import PUBLISHED, SCHEDULERS, VAES
 from gensparse.families.sizes import SDXL, Architecture, JointArchitecture, UNetArchitecture
@@ -363,7 +363,15 @@ def check_index(index: Mapping[str, Any], name: str) -> str:
         )
     if isinstance(label, str) and label in FAMILIES:
         return _complete(index, label, name)
-    raise ModelError(f"model {name!r} is of the unsupported family {label!r}; supported: {_families()}")
+    if isinstance(label, str) and label in AT_ONCE:
+        raise ModelError(
+            f"model {name!r} ({label}) runs in Python only: gensparse.pipelines.{AT_ONCE[label]} makes its large "
+            f"pictures, see docs/highres.md; supported here: {_families()}"
+        )
+    raise ModelError(
+        f"model {name!r} is of the unsupported family {label!r}; supported: {_families()}; what methods can do with it "
+        f"in Python: `gensparse models check {name}`"
+    )
 
 
 def _complete(index: Mapping[str, Any], label: str, name: str) -> str:

@@ -131,6 +131,18 @@ def test_unsupported_family_lists_the_supported_ones(tmp_path: Path) -> None:
         resolve(str(make_folder(tmp_path / "m", _class_name="KandinskyPipeline")))
 
 
+def test_families_of_python_alone_name_their_pipeline(tmp_path: Path) -> None:
+    from gensparse import pipelines
+    from gensparse.families.checkpoints import AT_ONCE
+
+    ours = {name for name in pipelines.__all__ if name.endswith("DirectPipeline")}
+    assert set(AT_ONCE.values()) == ours
+    for stock, name in AT_ONCE.items():
+        assert stock in [cls.__name__ for cls in getattr(pipelines, name).__mro__]
+    with pytest.raises(ModelError, match=r"ZImagePipeline.*in Python only: gensparse\.pipelines\.ZImageDirectPipeline"):
+        resolve(str(make_folder(tmp_path / "m", _class_name="ZImagePipeline")))
+
+
 def test_two_transformers_are_refused_not_half_served(tmp_path: Path) -> None:
     index = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     with pytest.raises(ModelError, match="two transformers"):

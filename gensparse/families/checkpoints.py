@@ -35,7 +35,6 @@ class Checkpoint:
         layout: arguments of the attention module's `layout_for` for the tokens that an estimate counts.
         libraries: libraries of model_index.json, beside diffusers and transformers, that are diffusers' own.
         needs: components without which a checkpoint is of another kind.
-        needs: components without which a checkpoint is of another kind.
         automatic: attention of larger stages when a request leaves it open; None for a window of the native size.
         encoders: weights of the text encoders, where no files tell.
         channels: input channels of denoisers for text to picture; others are refused.
@@ -249,3 +248,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 
 PIPELINES: dict[str, str] = {name: row.family for row in CHECKPOINTS.values() for name in row.pipelines}
 """Pipeline class of model_index.json -> family."""
+
+AT_ONCE = {
+    f"{name}Pipeline": f"{name}DirectPipeline"
+    for name in ("Chroma", "Flux2", "Flux2Klein", "HunyuanImage", "Lumina2", "ZImage")
+}
+"""Pipeline class of model_index.json -> class of `gensparse.pipelines` that makes its large pictures in Python only."""
