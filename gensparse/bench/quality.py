@@ -26,12 +26,7 @@ from gensparse.bench.pictures import BICUBIC, CROP, RENDERING, STOCK, Contender,
 from gensparse.bench.quality_report import report
 from gensparse.bench.store import Store
 from gensparse.bench.workers import check_workers, share_work
-from gensparse.embedded.quality import (
-    duplicates,
-    prompt_fidelity,
-    right_count,
-    share_right,
-)
+from gensparse.embedded.quality import duplicates, prompt_fidelity, right_count, share_right
 from gensparse.embedded.reader import Reader
 from gensparse.embedded.scenes import parse_caption
 from gensparse.embedded.sharpness import measure_edges, seam
@@ -45,7 +40,7 @@ METHODS = {  # contenders per size
     "native": ("dense",),
     "1024": ("dense", *SPARSE, *AT_ONCE),
     "2048": ("dense", *SPARSE, "sliding_window:radius=8", "direct+dense", STOCK),
-    "4096": ("clear:radius=8",),
+    "4096": SPARSE,
 }
 UNET_WAYS = ("hidiffusion", "freescale", "rectifiedhr", "demofusion", "c_upscale")
 UNET_METHODS = {
