@@ -4,7 +4,8 @@ Every method continues the same native drafts to `--size` pixels through the cas
 Two numbers per method, with 95% intervals over the prompts: the share of right attributes, and the PSNR against the
 picture that dense attention makes of the same draft. Finished pictures are kept; started again, the run goes on.
 `--out docs/benchmarks/methods_quality.csv` writes the table that docs/methods.md shows. Methods for several subjects
-come from what `gensparse bench subjects` has measured: `--subjects DIR/subjects.csv`.
+come from what `gensparse bench subjects` has measured: `--subjects DIR/subjects.csv`, methods for UNets from what
+`gensparse bench quality -m embedded-unet` has: `--unet DIR/quality.csv`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from gensparse.bench.quality import Options, Store, run_item
 from gensparse.bench.subjects import PLAIN, RENDERING, SHARED
 from gensparse.embedded.quality import Interval, bootstrap, share_right
 from gensparse.embedded.reader import Reader
+from gensparse.methods import METHODS as METHODS_BY_NAME
 from gensparse.methods import parse_method
 
 DENSE = "dense"
@@ -45,6 +47,7 @@ JUDGED = {
     "colours %": "right colours of subjects %",
     "fills %": "right fills of subjects %",
 }
+OF_UNETS = ("right attributes %", "right count %")
 COLUMNS = ("attention", "size", "prompts", "measure", "value", "low", "high", "commit")
 
 
@@ -94,6 +97,20 @@ def of_subjects(path: Path) -> list[dict[str, str]]:
     return table
 
 
+def of_unet(path: Path) -> list[dict[str, str]]:
+    """Rows of the table of `gensparse bench quality` for contenders that are methods, alone or as a way."""
+    table = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            method = row["contender"].removesuffix("+auto")
+            if method.partition(":")[0] not in METHODS_BY_NAME or row["measure"] not in OF_UNETS:
+                continue
+            told = (method, row["size"], row["pictures"], f"{row['measure']} of {row['model']}")
+            values = (*told, *(f"{float(row[name]):.1f}" for name in ("value", "low", "high")), row["commit"])
+            table.append(dict(zip(COLUMNS, values, strict=True)))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
@@ -101,6 +118,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=24, help="prompts")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--subjects", type=Path, help="subjects.csv of `gensparse bench subjects`")
+    parser.add_argument("--unet", type=Path, help="quality.csv of `gensparse bench quality -m embedded-unet`")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5)
@@ -117,7 +135,9 @@ def main() -> None:
             item = Item(str(options.size), method, prompt)
             if item.key not in store.rows:
                 run_item(item, maker, reader, store)
-    table = rows(store, options) + ([] if options.subjects is None else of_subjects(options.subjects))
+    table = rows(store, options)
+    table += [] if options.subjects is None else of_subjects(options.subjects)
+    table += [] if options.unet is None else of_unet(options.unet)
     if options.out is not None:
         with open(options.out, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
