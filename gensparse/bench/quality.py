@@ -35,11 +35,11 @@ from gensparse.errors import ConfigError
 COUNTS = {"native": 200, "512": 60, "1024": 60, "2048": 60, "4096": 24}  # prompts per size
 SLOW_COUNTS = {"2048": 6}  # of dense attention in all steps, whose cost grows with the square of the pixels
 SPARSE = ("clear:radius=8", "neighborhood:window=16x16")
-AT_ONCE = tuple(f"{way}+{attention}" for way in ("direct", STOCK) for attention in ("dense", *SPARSE))
+AT_ONCE = tuple(f"{way}+{attention}" for way in ("direct:position=yarn", STOCK) for attention in ("dense", *SPARSE))
 METHODS = {  # contenders per size
     "native": ("dense",),
     "1024": ("dense", *SPARSE, *AT_ONCE),
-    "2048": ("dense", *SPARSE, "sliding_window:radius=8", "direct+dense", STOCK),
+    "2048": ("dense", *SPARSE, "sliding_window:radius=8", "direct:position=yarn+dense", STOCK),
     "4096": SPARSE,
 }
 UNET_WAYS = ("hidiffusion", "freescale", "rectifiedhr", "demofusion", "c_upscale")
