@@ -93,7 +93,12 @@ class Contender(NamedTuple):
                 way, attention = CASCADE, way
         if attention not in ("dense", "auto"):
             parse_method(attention)
-        return cls(STOCK if way == STOCK else parse_way(way).name, way, attention)
+        if way == STOCK:
+            return cls(STOCK, way, attention)
+        asked = parse_way(way)
+        if asked.name in WAYS and WAYS[asked.name].method:  # its settings are the method's
+            parse_method(asked.text)
+        return cls(asked.name, way, attention)
 
     def check(self, model: str | None) -> None:
         """ConfigError for a way that the model does not have."""

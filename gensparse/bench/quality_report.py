@@ -79,12 +79,12 @@ def medians(rows: list[dict]) -> dict[str, str]:
     return {name.replace("_gib", "_GiB").replace("_", " "): median_of(rows, name, n) for name, n in digits.items()}
 
 
-def main_table(found: dict, store: Store) -> list[str]:
-    """One row per size and method."""
+def main_table(found: dict, judged: dict) -> list[str]:
+    """One row per size and method, of what `measures` says of each."""
     lines: list[str] = []
     for (size, method), members in found.items():
         rows = [row for _, row in members]
-        told, took = measures(found, store, size, method), medians(rows)
+        told, took = judged[size, method], medians(rows)
         if not lines:
             names = ("size", "method", "pictures", *told, *took)
             lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -93,12 +93,12 @@ def main_table(found: dict, store: Store) -> list[str]:
     return lines
 
 
-def table_rows(found: dict, store: Store, model: str | None) -> list[dict[str, str]]:
+def table_rows(found: dict, judged: dict, model: str | None) -> list[dict[str, str]]:
     """The same numbers as rows of a CSV."""
     rows = []
     for (size, method), members in found.items():
         own = {"model": model or "embedded", "size": size, "contender": method, "pictures": str(len(members))}
-        for name, value in measures(found, store, size, method).items():
+        for name, value in judged[size, method].items():
             if value is not None:
                 numbers = zip(("value", "low", "high"), (value.value, value.low, value.high), strict=True)
                 rows.append({**own, "measure": name, **{key: f"{x:.2f}" for key, x in numbers}})
@@ -210,10 +210,11 @@ def edge_crop(picture: Image.Image, scene: Scene) -> Image.Image:
 def report(done: list[tuple[Item, dict]], maker: Maker, store: Store) -> str:
     """Markdown of all tables; writes quality.md, quality.csv and quality.png."""
     found, options = groups(done), maker.options
-    parts = [main_table(found, store), attribute_table(found), pair_table(found, store)]
+    judged = {group: measures(found, store, *group) for group in found}
+    parts = [main_table(found, judged), attribute_table(found), pair_table(found, store)]
     text = "\n\n".join("\n".join(part) for part in parts) + "\n"
     (store.run / "quality.md").write_text(text, encoding="utf-8")
-    rows = [{**row, **origin(options.device)} for row in table_rows(found, store, options.model)]
+    rows = [{**row, **origin(options.device)} for row in table_rows(found, judged, options.model)]
     with (store.run / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, tuple(rows[0]), lineterminator="\n")
         writer.writeheader()

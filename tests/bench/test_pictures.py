@@ -33,7 +33,18 @@ def test_names_of_contenders(text, found):
 
 
 @pytest.mark.parametrize(
-    "text", ["claer", "direct+claer", "dirct+dense", "direct:position=up", "stock:a=1", "+dense", "direct+", ""]
+    "text",
+    [
+        "claer",
+        "direct+claer",
+        "dirct+dense",
+        "direct:position=up",
+        "stock:a=1",
+        "+dense",
+        "direct+",
+        "hidiffusion:windows=maybe+auto",
+        "",
+    ],
 )
 def test_other_names_are_refused(text):
     with pytest.raises(ConfigError):
@@ -43,6 +54,8 @@ def test_other_names_are_refused(text):
 def test_a_way_that_the_model_has_not_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ConfigError, match=r"demofusion is no way of .*direct"):
         Options(tmp_path / "run", contenders=("demofusion",))
+    with pytest.raises(ConfigError, match="auto is no way of"):
+        Options(tmp_path / "run", contenders=("auto+dense",))
     with pytest.raises(ConfigError, match=r"direct is no way of .*demofusion"):
         Options(tmp_path / "run", model=UNET, contenders=("direct",))
     assert not (tmp_path / "run").exists()
